@@ -1,0 +1,155 @@
+"""Two policies side by side on prompts that neither has learned from: the end of `reinforce.py` and `pipeline.py`."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rl_jax.data.prompts import decode_completions
+from rl_jax.data.tokenizer import token_pieces
+from rl_jax.evaluation import distinct_n, mean_interval, win_rate
+from rl_jax.keys import Purpose, step_key
+from rl_jax.models.huggingface import Policy
+from rl_jax.reinforce.advantages import leave_one_out_advantages
+from rl_jax.rewards.compose import Reward
+from rl_jax.rewards.text import score_texts
+from rl_jax.rollout import generate
+from rl_jax.run.spmd import make_mesh, pmapped, put
+from rl_jax.sampling import Sampling, untruncated
+from rl_jax.scoring import Reference, TokenScores, completion_logprobs, completion_states, score_completions
+from rl_jax.types import Array, PyTree, Rollout
+
+PAIRS = 8  # prompts whose completions the report shows
+BLOCK = 32  # prompts that go through the device at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparing:
+    """Comparison: before and after, on prompts that RL never saw."""
+
+    prompts: int = 128
+    """Prompts that both policies complete."""
+    completions: int = 4
+    """Completions of each prompt by each policy."""
+
+
+class Side(NamedTuple):
+    """What one of the policies did with the prompts. Every array begins with B = N * G completions.
+
+    Attributes:
+        rollout: its completions.
+        scores: what the tuned policy says of them, with the exact KL from the pretrained one.
+        ref_logprobs: what the pretrained policy says of them, at the sampling temperature. [B, C].
+        ref_nats: the same at temperature 1, negative and summed. [B].
+        texts: the completions as text.
+        rewards: [B].
+    """
+
+    rollout: Rollout
+    scores: TokenScores
+    ref_logprobs: Array
+    ref_nats: Array
+    texts: list[str]
+    rewards: np.ndarray
+
+
+def compare(
+    settings: Comparing,
+    pretrained: Policy,
+    tuned: Policy,
+    reward: Reward,
+    prompts: tuple[np.ndarray, np.ndarray],
+    sampling: Sampling,
+    seed: int,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Complete the same prompts with both policies, from the same random numbers.
+
+    Args:
+        settings: how many completions.
+        pretrained: the reference policy.
+        tuned: of the same configuration.
+        reward: what RL maximised.
+        prompts: left-padded, int32 [N, P], and their mask.
+        sampling: as in RL.
+        seed: of the completions.
+
+    Returns:
+        What the summary says of it, and the pairs of completions that the report shows.
+    """
+    config, mesh = pretrained.config, make_mesh()
+    sampling = dataclasses.replace(sampling, group_size=settings.completions)
+    tempered = untruncated(sampling)
+    plain = dataclasses.replace(tempered, temperature=1.0)
+
+    def measure(params: PyTree, tuned: PyTree, ref: PyTree, key: Array, index: Array, prompts: Array, mask: Array):
+        rollout = generate(params, key, prompts, mask, config, sampling, index)
+        reference = Reference(ref, completion_states(ref, rollout, config))
+        scores = score_completions(tuned, rollout, config, tempered, reference)
+        ref_nats = -jnp.sum(completion_logprobs(ref, rollout, config, plain), axis=1)
+        rewards = jnp.zeros(len(ref_nats)) if reward.on_tokens is None else reward.on_tokens(rollout)
+        return rollout, scores, completion_logprobs(ref, rollout, config, tempered), ref_nats, rewards
+
+    measure = pmapped(measure, mesh, (None, None, None, None, 0, 0, 0), 0)
+    params = {"before": put(pretrained.params, mesh), "after": put(tuned.params, mesh)}
+    key = step_key(seed, Purpose.EVALUATE)
+
+    def complete(side: str) -> Side:
+        blocks = [
+            measure(params[side], params["after"], params["before"], key, index, *(x[index] for x in prompts))
+            for index in np.split(np.arange(len(prompts[0])), range(BLOCK, len(prompts[0]), BLOCK))
+        ]
+        rollout, *rest, rewards = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(blocks))
+        texts = decode_completions(pretrained.tokenizer, rollout.completions, rollout.completion_mask)
+        if reward.on_text is not None:
+            asked = decode_completions(pretrained.tokenizer, rollout.prompts, rollout.prompt_mask)
+            rewards = rewards + score_texts(reward.on_text, asked, texts)
+        return Side(rollout, *rest, texts, rewards)
+
+    before, after = complete("before"), complete("after")
+    summary = _summarise(before, after, settings.completions) | {"reward": reward.name}
+    return summary, list(_pairs(before, after, settings.completions, pretrained.tokenizer))
+
+
+def _summarise(before: Side, after: Side, group: int) -> dict[str, Any]:
+    sides = {"before": before, "after": after}
+    estimates = {f"reward_{name}": mean_interval(side.rewards.reshape(-1, group)) for name, side in sides.items()}
+    estimates["kl"] = mean_interval(after.scores.kl.sum(axis=1).reshape(-1, group))
+    estimates["win_rate"] = win_rate(*(side.rewards.reshape(-1, group) for side in (after, before)))
+    summary = {name: estimate.value for name, estimate in estimates.items()}
+    summary |= {f"{name}_interval": [estimate.low, estimate.high] for name, estimate in estimates.items()}
+    for name, side in sides.items():
+        lengths = side.rollout.completion_mask.sum(axis=1)
+        rows = [row[:length].tolist() for row, length in zip(side.rollout.completions, lengths, strict=True)]
+        summary |= {
+            f"length_{name}": float(lengths.mean()),
+            f"truncated_{name}": float(side.rollout.truncated.mean()),
+            f"reference_perplexity_{name}": math.exp(side.ref_nats.sum() / lengths.sum()),
+            f"distinct_2_{name}": distinct_n(rows, 2),
+        }
+    return summary
+
+
+def _pairs(before: Side, after: Side, group: int, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """The first completion of each of the first prompts, by both policies, token by token."""
+    asked = decode_completions(tokenizer, before.rollout.prompts, before.rollout.prompt_mask)
+    for first in range(0, min(PAIRS * group, len(asked)), group):
+        shown = {
+            name: _completion(side, first, group, tokenizer) for name, side in (("before", before), ("after", after))
+        }
+        yield {"prompt": asked[first]} | shown
+
+
+def _completion(side: Side, row: int, group: int, tokenizer: Any) -> dict[str, Any]:
+    length = int(side.rollout.completion_mask[row].sum())
+    log_ratio = side.scores.logprobs[row] - side.ref_logprobs[row]
+    peers = np.asarray(side.rewards[row : row + group])
+    return {
+        "tokens": token_pieces(tokenizer, side.rollout.completions[row, :length].tolist()),
+        "log_ratio": log_ratio[:length].tolist(),
+        "reward": float(side.rewards[row]),
+        "advantage": float(leave_one_out_advantages(jnp.asarray(peers), group)[0]) if group > 1 else None,
+    }

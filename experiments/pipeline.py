@@ -1,0 +1,77 @@
+"""The main job: pretrain a language model, give it a reward, improve it with REINFORCE, compare before and after.
+
+    python experiments/pipeline.py
+    python experiments/pipeline.py --corpus my_texts/ --reward.names keyword --reward.keywords king gold
+
+`pretrain.py` and `reinforce.py` are its two halves, each a script of its own.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+
+from experiments.compare import compare
+from experiments.pretrain import Pretraining, load_text, model_config, pretrain
+from experiments.pretrain import check as check_pretraining
+from experiments.reinforce import Reinforcing, make_sampling, reinforce, split_prompts
+from experiments.reinforce import check as check_reinforcing
+from rl_jax.rewards.compose import RewardConfig, make_reward
+from rl_jax.run.folder import open_run, write_json
+from rl_jax.run.loop import run_main
+from rl_jax.run.metrics import open_metrics
+from rl_jax.run.report import write_report
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Pretrain a language model, give it a reward, improve it with REINFORCE, compare before and after."""
+
+    run: Path = Path("runs/pipeline")
+    """Folder that the run writes to."""
+    resume: bool = False
+    """Continue the run in that folder from its last checkpoint."""
+    corpus: str = "bbe"
+    """bbe (Bible in Basic English), sotu or chitchat; or a .txt, .jsonl or .parquet file, or a folder of them."""
+    seed: int = 0
+    """Seed of everything random."""
+    pretrain: Pretraining = Pretraining()
+    reward: RewardConfig = RewardConfig()
+    reinforce: Reinforcing = Reinforcing()
+
+
+def main(config: Config) -> None:
+    start = time.perf_counter()
+    model = model_config(config.pretrain)
+    run = open_run(config.run, "experiments/pipeline.py", config, config.resume)
+    text = load_text(config.corpus, config.pretrain.vocab_size, run / "policy")
+    reward = make_reward(config.reward, text.tokenizer)
+    prompts = split_prompts(config.reinforce, text.tokenizer, text.held_out)
+    check_pretraining(config.pretrain, text)
+    check_reinforcing(config.reinforce, model, reward, prompts, text.tokenizer)
+
+    writer = open_metrics(run)
+    times = [time.perf_counter()]
+    pretrained, summary = pretrain(config.pretrain, text, config.seed, run, writer)
+    times.append(time.perf_counter())
+    tuned = reinforce(config.reinforce, pretrained, reward, prompts, config.seed, run, writer)
+    writer.close()
+    times.append(time.perf_counter())
+    sampling = make_sampling(config.reinforce, text.tokenizer.eos_token_id)
+    compared, pairs = compare(
+        config.reinforce.compare, pretrained, tuned, reward, prompts.held_out, sampling, config.seed
+    )
+    times.append(time.perf_counter())
+
+    stages = zip(("pretrain", "rl", "compare"), times, times[1:], strict=False)
+    summary |= compared | {
+        "seed": config.seed,
+        "seconds_by_stage": {stage: end - begin for stage, begin, end in stages},
+        "seconds": times[-1] - start,
+    }
+    write_json(run / "summary.json", summary)
+    write_json(run / "completions.json", {"pairs": pairs})
+    print(write_report(run))
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

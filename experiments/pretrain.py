@@ -1,0 +1,229 @@
+"""Pretrain a Transformer language model on unlabelled text.
+
+    python experiments/pretrain.py --run runs/pretrain --steps 600
+    python experiments/pretrain.py --corpus my_texts/ --vocab-size 8192 --width 256
+
+Writes the policy, metrics, checkpoints and a report to the run's folder.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import tyro
+
+from rl_jax.data.batches import held_out_batches, packed_batch
+from rl_jax.data.corpus import encode_passages, read_passages, split_held_out
+from rl_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from rl_jax.errors import InputError
+from rl_jax.keys import Purpose, step_key
+from rl_jax.learner import apply_gradients, held_out_nats, init_state, make_optimizer, pretrain_gradient
+from rl_jax.models.huggingface import Policy, save_policy
+from rl_jax.models.transformer import TransformerConfig, gpt2, init_params, llama
+from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
+from rl_jax.run.folder import open_run, write_json
+from rl_jax.run.loop import run_main, train
+from rl_jax.run.metrics import MetricsWriter, open_metrics
+from rl_jax.run.report import write_report
+from rl_jax.run.spmd import make_mesh, pmapped, put
+from rl_jax.types import Array, Metrics, PyTree, TrainState
+
+HELD_OUT = 0.1  # share of the passages that pretraining never sees; RL takes its prompts from them
+CURVE_BATCHES = 8  # held-out batches behind a point of the curve; the summary has them all
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretraining:
+    """Pretraining: the model, and how it is trained."""
+
+    family: Literal["llama", "gpt2"] = "llama"
+    """Architecture."""
+    vocab_size: int = 2048
+    """Tokens of the byte-level BPE vocabulary that is learned from the corpus."""
+    context: int = 128
+    """Longest sequence, in tokens: prompt and completion together."""
+    layers: int = 4
+    """Blocks."""
+    width: int = 128
+    """Width of the residual stream."""
+    heads: int = 4
+    """Attention heads."""
+    kv_heads: int = 0
+    """Key-value heads, shared by the attention heads (Llama only); 0 means one for each head."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What activations are computed in; parameters are float32."""
+    remat: bool = False
+    """Recompute blocks in the backward pass: less memory, about a third more time."""
+    steps: int = 600
+    """Updates."""
+    batch_size: int = 32
+    """Windows of text in an update."""
+    window: int = 64
+    """Tokens of a window, at most the context."""
+    microbatches: int = 1
+    """Parts of a batch that go through the device one after another, to save memory."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of AdamW; it decays to a tenth along a cosine."""
+    warmup: int = 40
+    """Updates in which the learning rate rises from 0."""
+    weight_decay: float = 0.1
+    """Weight decay of matrices."""
+    clip_norm: float = 1.0
+    """Longest gradient, global L2 norm."""
+    evaluate_every: int = 100
+    """Updates between points of the held-out curve."""
+    checkpoint_every: int = 200
+    """Updates between checkpoints."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Pretrain a Transformer language model on unlabelled text."""
+
+    pretrain: Annotated[Pretraining, tyro.conf.arg(name="")] = Pretraining()
+    run: Path = Path("runs/pretrain")
+    """Folder that the run writes to."""
+    resume: bool = False
+    """Continue the run in that folder from its last checkpoint."""
+    corpus: str = "bbe"
+    """bbe (Bible in Basic English), sotu or chitchat; or a .txt, .jsonl or .parquet file, or a folder of them."""
+    seed: int = 0
+    """Seed of everything random."""
+
+
+class Text(NamedTuple):
+    """A corpus: a tokenizer, the held-out passages, and both parts as tokens [n]."""
+
+    tokenizer: Any
+    held_out: list[str]
+    train_tokens: np.ndarray
+    held_out_tokens: np.ndarray
+
+
+def load_text(corpus: str, vocab_size: int, tokenizer_folder: Path) -> Text:
+    """Read a corpus, and train its tokenizer unless `tokenizer_folder` has it already."""
+    train_passages, held_out = split_held_out(read_passages(corpus), HELD_OUT)
+    if (tokenizer_folder / "tokenizer.json").exists():
+        tokenizer = load_tokenizer(tokenizer_folder)
+    else:
+        tokenizer = train_tokenizer(train_passages, vocab_size)
+        tokenizer.save_pretrained(tokenizer_folder)
+    tokens, held_out_tokens = (encode_passages(tokenizer, part) for part in (train_passages, held_out))
+    return Text(tokenizer, held_out, tokens, held_out_tokens)
+
+
+def model_config(settings: Pretraining) -> TransformerConfig:
+    """The model that the settings describe."""
+    shape = (settings.vocab_size, settings.context, settings.layers, settings.width, settings.heads)
+    compute = {"dtype": settings.dtype, "remat": settings.remat}
+    if settings.family == "llama":
+        return llama(*shape, kv_heads=settings.kv_heads or settings.heads, **compute)
+    if settings.kv_heads:
+        raise InputError("GPT-2 has no grouped key-value heads: leave out kv_heads, or take the llama family.")
+    return gpt2(*shape, **compute)
+
+
+def check(settings: Pretraining, text: Text) -> None:
+    """Raise InputError for settings that cannot work, before anything is trained."""
+    if settings.window > settings.context:
+        raise InputError(f"A window of {settings.window} tokens is longer than the context of {settings.context}.")
+    for name in ("steps", "batch_size", "window", "evaluate_every", "checkpoint_every"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
+    needed = settings.batch_size * settings.window + 1
+    if len(text.train_tokens) < needed:
+        raise InputError(
+            f"The corpus has {len(text.train_tokens)} training tokens, too short for one batch of "
+            f"{settings.batch_size} windows of {settings.window} ({needed} tokens): give more text or a smaller batch."
+        )
+
+
+def learning_rate(settings: Pretraining) -> optax.Schedule:
+    """Linear warm-up to the peak, then a cosine to a tenth of it."""
+    peak, steps = settings.learning_rate, settings.steps
+    return optax.warmup_cosine_decay_schedule(0.0, peak, min(settings.warmup, steps - 1), steps, peak / 10)
+
+
+def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: MetricsWriter) -> tuple[Policy, dict]:
+    """Pretrain, or continue to: the policy, and its row of the summary."""
+    config, mesh, schedule = model_config(settings), make_mesh(), learning_rate(settings)
+    optimizer = make_optimizer(schedule, settings.weight_decay, settings.clip_norm, (0.9, 0.95))
+
+    def update(state: TrainState, tokens: Array) -> tuple[TrainState, Metrics]:
+        grads, metrics = pretrain_gradient(state.params, tokens, config, settings.microbatches)
+        rate = schedule(state.step)
+        state, applied = apply_gradients(state, grads, optimizer)
+        return state, metrics | applied | {"learning_rate": rate, "tokens": tokens[:, 1:].size}
+
+    def evaluate(params: PyTree, tokens: Array, mask: Array) -> Array:
+        return held_out_nats(params, tokens, mask, config)
+
+    update = pmapped(update, mesh, (None, 0), (None, None), donate=(0,))
+    evaluate = pmapped(evaluate, mesh, (None, 0, 0), None)
+
+    def held_out() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return held_out_batches(text.held_out_tokens, settings.batch_size, settings.window)
+
+    curve = [batch for batch, _ in zip(held_out(), range(CURVE_BATCHES), strict=False)]
+
+    def step(state: TrainState, number: int) -> tuple[TrainState, Metrics]:
+        tokens = packed_batch(text.train_tokens, settings.batch_size, settings.window, seed, number)
+        state, metrics = update(state, tokens)
+        if (number + 1) % settings.evaluate_every == 0:
+            nats = sum(evaluate(state.params, *batch) for batch in curve)
+            metrics["held_out_loss"] = nats / sum(mask.sum() for _, mask in curve)
+        return state, metrics
+
+    state = put(init_state(init_params(step_key(seed, Purpose.INIT), config), optimizer), mesh)
+    checkpoints = open_checkpoints(run / "checkpoints/pretrain", dataclasses.asdict(settings))
+    state = restore_checkpoint(checkpoints, state) or state
+    state = train(
+        step,
+        state,
+        stage="pretrain",
+        steps=settings.steps,
+        writer=writer,
+        checkpoints=checkpoints,
+        checkpoint_every=settings.checkpoint_every,
+        shown=("loss",),
+    )
+    close_checkpoints(checkpoints)
+    nats = sum(float(evaluate(state.params, *batch)) for batch in held_out())
+    policy = Policy(state.params, config, text.tokenizer)
+    save_policy(run / "policy", policy)
+    return policy, summarise(nats, text, policy)
+
+
+def summarise(nats: float, text: Text, policy: Policy) -> dict[str, float]:
+    """Held-out loss in every usual unit, from the nats of all held-out targets. Bytes do not count the ends of text."""
+    loss = nats / (len(text.held_out_tokens) - 1)
+    bytes_ = sum(len(passage.encode()) for passage in text.held_out)
+    return {
+        "parameters": sum(x.size for x in jax.tree.leaves(policy.params)),
+        "held_out_loss": loss,
+        "held_out_perplexity": math.exp(loss),
+        "held_out_bits_per_byte": nats / math.log(2) / bytes_,
+    }
+
+
+def main(config: Config) -> None:
+    start = time.perf_counter()
+    model_config(config.pretrain)
+    run = open_run(config.run, "experiments/pretrain.py", config, config.resume)
+    text = load_text(config.corpus, config.pretrain.vocab_size, run / "policy")
+    check(config.pretrain, text)
+    writer = open_metrics(run)
+    _, summary = pretrain(config.pretrain, text, config.seed, run, writer)
+    writer.close()
+    write_json(run / "summary.json", summary | {"seed": config.seed, "seconds": time.perf_counter() - start})
+    print(f"{run}: held-out loss {summary['held_out_loss']:.3f} nats a token; {write_report(run)}")
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

@@ -1,0 +1,270 @@
+"""Improve a pretrained policy with REINFORCE: a reward, a leave-one-out baseline, a KL penalty.
+
+    python experiments/reinforce.py --policy runs/pretrain/policy --run runs/rl
+    python experiments/reinforce.py --policy runs/pretrain/policy --reward.names length --reward.target-length 20
+
+Writes the tuned policy, metrics, checkpoints, the comparison of both policies and a report to the run's folder.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from experiments.compare import Comparing, compare
+from experiments.pretrain import HELD_OUT
+from rl_jax.data.corpus import read_passages, split_held_out
+from rl_jax.data.prompts import decode_completions, passage_openings, prompt_batch
+from rl_jax.errors import InputError
+from rl_jax.keys import Purpose, step_key
+from rl_jax.learner import AdvantageFn, init_state, make_optimizer, reinforce_update
+from rl_jax.models.huggingface import Policy, load_policy, save_policy
+from rl_jax.models.transformer import TransformerConfig
+from rl_jax.reinforce.advantages import (
+    group_mean_advantages,
+    leave_one_out_advantages,
+    moving_average_advantages,
+)
+from rl_jax.rewards.compose import Reward, RewardConfig, make_reward
+from rl_jax.rewards.text import score_texts
+from rl_jax.rollout import check_lengths, generate
+from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
+from rl_jax.run.folder import open_run, write_json
+from rl_jax.run.loop import run_main, train
+from rl_jax.run.metrics import MetricsWriter, open_metrics
+from rl_jax.run.report import write_report
+from rl_jax.run.spmd import make_mesh, pmapped, put
+from rl_jax.sampling import Sampling
+from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Reinforcing:
+    """REINFORCE: what is sampled, and how the policy learns from it."""
+
+    prompts: int = 16
+    """Prompts in an update."""
+    group_size: int = 4
+    """Completions of each prompt."""
+    prompt_length: int = 16
+    """Tokens of a prompt: the opening of a held-out passage."""
+    completion_length: int = 48
+    """Most tokens of a completion."""
+    temperature: float = 1.0
+    """Divides the logits that completions are sampled from."""
+    top_k: int = 0
+    """Sample among this many of the likeliest tokens; 0 means all."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens that have this probability together; 1 means all."""
+    min_p: float = 0.0
+    """Sample among tokens with at least this share of the highest probability; 0 means all."""
+    baseline: Literal["leave_one_out", "group_mean", "moving_average", "none"] = "leave_one_out"
+    """What is subtracted from a reward: the mean of the others in its group (RLOO), of the whole group, of the steps
+    before (with a decay of 0.95), or nothing."""
+    kl_coefficient: float = 0.05
+    """Reward that a nat of divergence from the pretrained policy costs."""
+    normalize: Literal["token", "sequence", "completion", "constant"] = "completion"
+    """What the loss is a mean of: tokens; the tokens of each completion, then completions; completions, their
+    tokens summed; or completions, their tokens summed and divided by the completion length."""
+    steps: int = 150
+    """Updates."""
+    learning_rate: float = 3e-4
+    """Learning rate of AdamW after the warm-up."""
+    warmup: int = 5
+    """Updates in which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Weight decay of matrices."""
+    clip_norm: float = 1.0
+    """Longest gradient, global L2 norm."""
+    microbatches: int = 1
+    """Parts of a batch that the gradient is accumulated over, to save memory."""
+    checkpoint_every: int = 50
+    """Updates between checkpoints."""
+    compare: Comparing = Comparing()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Improve a pretrained policy with REINFORCE."""
+
+    policy: Path
+    """Folder of the pretrained policy: config.json, model.safetensors and tokenizer."""
+    reinforce: Annotated[Reinforcing, tyro.conf.arg(name="")] = Reinforcing()
+    reward: RewardConfig = RewardConfig()
+    run: Path = Path("runs/reinforce")
+    """Folder that the run writes to."""
+    resume: bool = False
+    """Continue the run in that folder from its last checkpoint."""
+    corpus: str = "bbe"
+    """Where prompts come from, as for pretraining: its held-out passages."""
+    seed: int = 0
+    """Seed of everything random."""
+
+
+class Prompts(NamedTuple):
+    """Left-padded prompts to learn from, and those kept for the comparison. int32 [M, P], bool [M, P]."""
+
+    train: tuple[np.ndarray, np.ndarray]
+    held_out: tuple[np.ndarray, np.ndarray]
+
+
+def make_sampling(settings: Reinforcing, eos: int) -> Sampling:
+    """How the settings sample."""
+    names = ("group_size", "temperature", "top_k", "top_p", "min_p")
+    return Sampling(settings.completion_length, eos=(eos,), **{name: getattr(settings, name) for name in names})
+
+
+def split_prompts(settings: Reinforcing, tokenizer, passages: list[str]) -> Prompts:
+    """Openings of held-out passages, the first of them kept for the comparison."""
+    prompts, mask = passage_openings(tokenizer, passages, settings.prompt_length)
+    kept = settings.compare.prompts
+    if len(prompts) < kept + settings.prompts:
+        raise InputError(
+            f"The corpus holds out {len(prompts)} passages with an opening of {settings.prompt_length} tokens; "
+            f"{settings.prompts} prompts an update and {kept} to compare on need {kept + settings.prompts}. "
+            "Give more text, fewer prompts or shorter ones."
+        )
+    return Prompts((prompts[kept:], mask[kept:]), (prompts[:kept], mask[:kept]))
+
+
+def check(settings: Reinforcing, config: TransformerConfig, reward: Reward, prompts: Prompts, tokenizer) -> None:
+    """Raise InputError for settings that cannot work, before anything is trained."""
+    for name in ("prompts", "group_size", "prompt_length", "completion_length", "steps", "checkpoint_every"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
+    check_lengths(settings.prompt_length, make_sampling(settings, tokenizer.eos_token_id), config)
+    if settings.temperature == 0:
+        raise InputError("A policy learns from sampled completions: give a temperature above 0.")
+    if settings.baseline == "leave_one_out" and settings.group_size < 2:
+        raise InputError("The leave_one_out baseline needs a group_size of at least 2, or take another baseline.")
+    if settings.prompts * settings.group_size % settings.microbatches:
+        raise InputError(
+            f"{settings.prompts} prompts x {settings.group_size} completions do not divide into "
+            f"{settings.microbatches} microbatches."
+        )
+    for name, count in (("prompts", settings.prompts), ("compare.prompts", settings.compare.prompts)):
+        if count % jax.device_count():
+            raise InputError(f"{name} is {count}, which does not divide over {jax.device_count()} devices.")
+    if reward.on_text is not None:  # a mistake in it should show now rather than after pretraining
+        texts = decode_completions(tokenizer, *(part[:4] for part in prompts.train))
+        score_texts(reward.on_text, texts, texts)
+
+
+def advantage_function(settings: Reinforcing) -> AdvantageFn:
+    """The baseline that the settings name."""
+    group = settings.group_size
+    functions: dict[str, AdvantageFn] = {
+        "leave_one_out": lambda rewards, carried: (leave_one_out_advantages(rewards, group), carried),
+        "group_mean": lambda rewards, carried: (group_mean_advantages(rewards, group), carried),
+        "moving_average": lambda rewards, carried: moving_average_advantages(rewards, carried, decay=0.95),
+        "none": lambda rewards, carried: (rewards, carried),
+    }
+    return functions[settings.baseline]
+
+
+def reinforce(
+    settings: Reinforcing,
+    policy: Policy,
+    reward: Reward,
+    prompts: Prompts,
+    seed: int,
+    run: Path,
+    writer: MetricsWriter,
+) -> Policy:
+    """Tune a policy, or continue to; `policy` stays as it is, the reference."""
+    config, tokenizer, mesh = policy.config, policy.tokenizer, make_mesh()
+    sampling = make_sampling(settings, tokenizer.eos_token_id)
+    schedule = optax.linear_schedule(
+        settings.learning_rate / (settings.warmup + 1), settings.learning_rate, settings.warmup
+    )
+    optimizer = make_optimizer(schedule, settings.weight_decay, settings.clip_norm, (0.9, 0.95))
+    advantage_fn = advantage_function(settings)
+
+    def sample(params: PyTree, key: Array, prompts: Array, mask: Array) -> Rollout:
+        return generate(params, key, prompts, mask, config, sampling)
+
+    def learn(
+        state: TrainState, ref_params: PyTree, rollout: Rollout, text_rewards: Array
+    ) -> tuple[TrainState, Metrics]:
+        rewards = text_rewards if reward.on_tokens is None else text_rewards + reward.on_tokens(rollout)
+        rate = schedule(state.step)
+        state, metrics = reinforce_update(
+            state,
+            ref_params,
+            rollout,
+            rewards,
+            config=config,
+            sampling=sampling,
+            advantage_fn=advantage_fn,
+            kl_coefficient=settings.kl_coefficient,
+            normalize=settings.normalize,
+            optimizer=optimizer,
+            microbatches=settings.microbatches,
+        )
+        return state, metrics | {"learning_rate": rate}
+
+    def sample_and_learn(state: TrainState, ref_params: PyTree, key: Array, prompts: Array, mask: Array):
+        rollout = sample(state.params, key, prompts, mask)
+        return learn(state, ref_params, rollout, jnp.zeros(len(rollout.completions)))
+
+    sample_only = pmapped(sample, mesh, (None, None, 0, 0), 0)
+    learn_only = pmapped(learn, mesh, (None, None, 0, 0), (None, None), donate=(0,))
+    together = pmapped(sample_and_learn, mesh, (None, None, None, 0, 0), (None, None), donate=(0,))
+
+    def step(state: TrainState, number: int) -> tuple[TrainState, Metrics]:
+        key = step_key(seed, Purpose.SAMPLE, number)
+        batch = prompt_batch(*prompts.train, settings.prompts, seed, number)
+        if reward.on_text is None:
+            return together(state, ref_params, key, *batch)
+        rollout = sample_only(state.params, key, *batch)
+        texts = decode_completions(tokenizer, rollout.completions, rollout.completion_mask)
+        asked = decode_completions(tokenizer, rollout.prompts, rollout.prompt_mask)
+        return learn_only(state, ref_params, rollout, score_texts(reward.on_text, asked, texts))
+
+    ref_params = put(policy.params, mesh)
+    state = put(init_state(policy.params, optimizer), mesh)
+    identity = dataclasses.asdict(settings) | {"model": dataclasses.asdict(config), "reward": reward.name, "seed": seed}
+    checkpoints = open_checkpoints(run / "checkpoints/rl", identity)
+    state = restore_checkpoint(checkpoints, state) or state
+    state = train(
+        step,
+        state,
+        stage="rl",
+        steps=settings.steps,
+        writer=writer,
+        checkpoints=checkpoints,
+        checkpoint_every=settings.checkpoint_every,
+        shown=("reward", "kl"),
+    )
+    close_checkpoints(checkpoints)
+    tuned = Policy(state.params, config, tokenizer)
+    save_policy(run / "policy", tuned)
+    return tuned
+
+
+def main(config: Config) -> None:
+    start = time.perf_counter()
+    policy = load_policy(config.policy)
+    reward = make_reward(config.reward, policy.tokenizer)
+    _, passages = split_held_out(read_passages(config.corpus), HELD_OUT)
+    prompts = split_prompts(config.reinforce, policy.tokenizer, passages)
+    check(config.reinforce, policy.config, reward, prompts, policy.tokenizer)
+    run = open_run(config.run, "experiments/reinforce.py", config, config.resume)
+    writer = open_metrics(run)
+    tuned = reinforce(config.reinforce, policy, reward, prompts, config.seed, run, writer)
+    writer.close()
+    sampling = make_sampling(config.reinforce, policy.tokenizer.eos_token_id)
+    summary, pairs = compare(config.reinforce.compare, policy, tuned, reward, prompts.held_out, sampling, config.seed)
+    write_json(run / "completions.json", {"pairs": pairs})
+    write_json(run / "summary.json", summary | {"seed": config.seed, "seconds": time.perf_counter() - start})
+    print(write_report(run))
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

@@ -1,0 +1,7 @@
+"""Pretrain a language model, give it a reward, improve it with policy gradients: pure functions, in JAX."""
+
+import os
+
+os.environ.setdefault(
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+)  # it advises to install PyTorch, which nothing here needs

@@ -1,0 +1,58 @@
+"""Batches of packed tokens, each a function of the tokens, the seed and the step alone."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from rl_jax.errors import InputError
+
+
+def packed_batch(tokens: np.ndarray, batch_size: int, length: int, seed: int, step: int) -> np.ndarray:
+    """Windows of `length + 1` tokens at random offsets: inputs and the targets one further on.
+
+    Args:
+        tokens: the corpus. int32 [n].
+        batch_size: B, the number of windows.
+        length: predicted tokens a window.
+        seed: which sequence of batches.
+        step: which batch of the sequence; none needs the ones before it.
+
+    Returns:
+        int32 [B, length + 1].
+
+    Raises:
+        InputError: the corpus is shorter than one window.
+    """
+    offsets = len(tokens) - length
+    if offsets < 1:
+        raise InputError(
+            f"the corpus has {len(tokens)} tokens and one window needs {length + 1}: "
+            "give more text or a shorter context"
+        )
+    starts = np.random.default_rng([seed, step]).integers(offsets, size=(batch_size, 1))
+    return tokens[starts + np.arange(length + 1)]
+
+
+def held_out_batches(tokens: np.ndarray, batch_size: int, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of one shape that together hold every target, tokens 1 to n - 1, exactly once.
+
+    Args:
+        tokens: the held-out corpus. int32 [n].
+        batch_size: B, the number of windows.
+        length: predicted tokens a window.
+
+    Yields:
+        Tokens, int32 [B, length + 1], and which of their targets (`[:, 1:]`) count, bool [B, length]; what
+        fills the end of the last batch is masked.
+
+    Raises:
+        InputError: there is no target.
+    """
+    targets = len(tokens) - 1
+    if targets < 1:
+        raise InputError(f"the held-out corpus has {len(tokens)} tokens and needs 2: hold out more of the text")
+    batches = -(-targets // (batch_size * length))
+    index = np.arange(batches * batch_size)[:, None] * length + np.arange(length + 1)
+    mask = index[:, 1:] <= targets
+    windows = tokens[np.minimum(index, targets)]
+    yield from zip(np.split(windows, batches), np.split(mask, batches), strict=True)

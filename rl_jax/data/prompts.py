@@ -1,0 +1,114 @@
+"""Prompts and completions between strings and padded arrays; masks are made here and carried from here on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jax.typing import ArrayLike
+from transformers import PreTrainedTokenizerBase
+
+from rl_jax.data.tokenizer import encode_texts
+from rl_jax.errors import InputError
+
+
+def passage_openings(
+    tokenizer: PreTrainedTokenizerBase, passages: Sequence[str], prompt_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first P = `prompt_length` tokens of every passage that is longer than that.
+
+    Returns:
+        Prompts int32 [M, P] and their mask bool [M, P], true throughout.
+
+    Raises:
+        InputError: `prompt_length` is not positive, or no passage is longer.
+    """
+    if prompt_length < 1:
+        raise InputError(f"a prompt of {prompt_length} tokens: give at least 1")
+    rows = encode_texts(tokenizer, passages)
+    openings = [ids[:prompt_length] for ids in rows if len(ids) > prompt_length]
+    if not openings:
+        raise InputError(
+            f"no passage is longer than a prompt of {prompt_length} tokens (the longest has "
+            f"{max(map(len, rows), default=0)}): give a shorter prompt length or longer passages"
+        )
+    prompts = np.stack(openings)
+    return prompts, np.ones(prompts.shape, bool)
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], context: int, completion_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes prompts as the tokenizer does by itself, left-padded to P, the longest of them.
+
+    Returns:
+        Prompts int32 [N, P], padded with the end-of-sequence id, and their mask bool [N, P].
+
+    Raises:
+        InputError: there is no prompt, one is empty, or one does not fit the context with its completion.
+    """
+    if not texts:
+        raise InputError("no prompt was given")
+    rows = tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
+    for text, ids in zip(texts, rows, strict=True):
+        if not ids:
+            raise InputError(f"the prompt {text!r} is empty: give at least one token")
+        if len(ids) + completion_length > context:
+            raise InputError(
+                f"the prompt {_shortened(text)!r} has {len(ids)} tokens; with a completion of "
+                f"{completion_length} the context of {context} leaves room for {context - completion_length}"
+            )
+    lengths = np.asarray([len(ids) for ids in rows])
+    width = lengths.max()
+    mask = np.arange(width) >= width - lengths[:, None]
+    prompts = np.full(mask.shape, tokenizer.eos_token_id or 0, np.int32)
+    prompts[mask] = np.concatenate(rows)
+    return prompts, mask
+
+
+def prompt_batch(
+    prompts: np.ndarray, mask: np.ndarray, batch_size: int, seed: int, step: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Batch `step` of the endless stream of prompts, in which every epoch is a fresh permutation of them all.
+
+    A batch may end one epoch and begin the next, so that none is left out of an epoch.
+
+    Args:
+        prompts: int32 [M, P].
+        mask: bool [M, P].
+        batch_size: N.
+        seed: which stream.
+        step: which batch of it; none needs the ones before it.
+
+    Returns:
+        Prompts int32 [N, P] and their mask bool [N, P].
+
+    Raises:
+        InputError: M < N.
+    """
+    total = len(prompts)
+    if total < batch_size:
+        raise InputError(
+            f"there are {total} prompts and a batch needs {batch_size}: give more prompts or a smaller batch"
+        )
+    epoch, first = divmod(step * batch_size, total)
+    order = np.concatenate([np.random.default_rng([seed, e]).permutation(total) for e in (epoch, epoch + 1)])
+    chosen = order[first : first + batch_size]
+    return prompts[chosen], mask[chosen]
+
+
+def decode_completions(
+    tokenizer: PreTrainedTokenizerBase, completions: ArrayLike, completion_mask: ArrayLike
+) -> list[str]:
+    """The text of each row where its mask is true, without end-of-sequence tokens; serves prompts as well.
+
+    Args:
+        completions: token ids. int32 [B, C].
+        completion_mask: bool [B, C].
+    """
+    tokens = np.asarray(completions)
+    kept = np.asarray(completion_mask) & (tokens != tokenizer.eos_token_id)
+    rows = [row[keep].tolist() for row, keep in zip(tokens, kept, strict=True)]
+    return tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
+
+
+def _shortened(text: str, characters: int = 60) -> str:
+    return text if len(text) <= characters else text[:characters] + "..."

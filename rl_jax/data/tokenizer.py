@@ -1,0 +1,96 @@
+"""A byte-level BPE vocabulary that loses nothing, in the form that every transformers program loads."""
+
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rl_jax.errors import InputError
+
+END_OF_TEXT = "<|endoftext|>"
+BYTES = 256
+TEXTS_AT_ONCE = 4096  # bounds the memory that Python's integers take
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Learns a byte-level byte-pair encoding (Sennrich 2016; bytes as in GPT-2, Radford 2019).
+
+    Any text survives the round trip through it, since every byte is a token. `END_OF_TEXT` is id 0, the bytes
+    come next, then the merges in the order in which they were learned.
+
+    Args:
+        texts: what the vocabulary is learned from.
+        vocab_size: V, the number of tokens.
+
+    Raises:
+        InputError: V has no room for the bytes, or the text is too short to give so many tokens.
+    """
+    if vocab_size <= BYTES:
+        raise InputError(
+            f"a vocabulary of {vocab_size} tokens has no room for the {BYTES} bytes and {END_OF_TEXT}: "
+            f"give at least {BYTES + 1}"
+        )
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    if backend.get_vocab_size() < vocab_size:
+        raise InputError(
+            f"the text is too short for a vocabulary of {vocab_size} tokens: it gives "
+            f"{backend.get_vocab_size()}; give more text or a smaller vocabulary"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """Reads a tokenizer from a folder, as `tokenizer.save_pretrained(folder)` writes it; nothing is fetched.
+
+    Raises:
+        InputError: there is no such folder, or no tokenizer in it that can be read.
+    """
+    if not os.path.isdir(folder):  # which transformers would take for the name of a model to fetch
+        raise InputError(f"no tokenizer folder {folder}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the Rust backend raises bare ones
+        raise InputError(f"{folder} holds no tokenizer that transformers can read") from error
+    if tokenizer is None:
+        raise InputError(f"{folder} holds no tokenizer that transformers can read")
+    return tokenizer
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    """Token ids of each text, with no special tokens added. int32 [its number of tokens] each."""
+    encoded = []
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        chunk = list(texts[start : start + TEXTS_AT_ONCE])
+        rows = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        encoded += [np.asarray(ids, np.int32) for ids in rows["input_ids"]]
+    return encoded
+
+
+def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """One string a token, whose concatenation is the decoded text.
+
+    A character whose bytes are spread over several tokens appears once, with the last of them; the others are
+    then empty.
+    """
+    pieces, shown = [], 0
+    for end in range(1, len(ids) + 1):
+        text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
+        whole = text if end == len(ids) else text.rstrip("\ufffd")
+        pieces.append(whole[shown:])
+        shown = max(shown, len(whole))
+    return pieces

@@ -1,0 +1,20 @@
+"""Where randomness comes from: a key for each purpose and step, and no state."""
+
+import enum
+
+import jax
+
+from rl_jax.types import Array
+
+
+class Purpose(enum.IntEnum):
+    """What a key is for. The numbers are part of every result: add to them, never renumber."""
+
+    INIT = 0
+    SAMPLE = 1
+    EVALUATE = 2
+
+
+def step_key(seed: int, purpose: Purpose, step: int = 0) -> Array:
+    """The key of one step, a function of its arguments alone: a resumed run repeats nothing and skips nothing."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)

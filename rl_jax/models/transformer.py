@@ -1,0 +1,335 @@
+"""One decoder-only Transformer that is GPT-2 or Llama by configuration, with an explicit key-value cache.
+
+Flax Linen stays inside this folder: outside it a model is a configuration, a pytree of parameters, and the pure
+functions at the end of this file. Letters: B sequences, S new tokens, T columns attended to, D width, H heads,
+J key-value heads, K head size, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rl_jax.errors import InputError
+from rl_jax.types import Array, PyTree
+
+INIT_STD = 0.02  # GPT-2's; residual projections divide it by sqrt(2 layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Shape and family of a model; `gpt2` and `llama` fill it for the two families.
+
+    Attributes:
+        vocab_size: V, rows of the embedding.
+        context: the longest sequence, in tokens.
+        layers: number of blocks.
+        width: D.
+        heads: H, query heads.
+        kv_heads: J, key-value heads; H is a multiple of it.
+        head_size: K.
+        mlp_width: inner width of the MLP.
+        positions: learned embeddings, or rotary (RoPE, Su 2021).
+        norm: LayerNorm, or RMSNorm.
+        mlp: GELU (tanh form), or SwiGLU.
+        bias: whether projections and MLP have biases.
+        qkv_bias: whether the query, key and value projections have them.
+        qk_norm: RMSNorm over the head size of queries and keys before rotation.
+        tied: whether the output projection is the embedding.
+        rope_theta: base of the rotary frequencies.
+        norm_epsilon: added to the variance.
+        dtype: what activations are computed in; parameters, softmax, norms and logits are float32.
+        remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    vocab_size: int
+    context: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp_width: int
+    positions: Literal["learned", "rotary"] = "rotary"
+    norm: Literal["layer", "rms"] = "rms"
+    mlp: Literal["gelu", "swiglu"] = "swiglu"
+    bias: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = True
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-5
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise InputError(f"{self.heads} heads cannot share {self.kv_heads} key-value heads evenly.")
+        if self.positions == "rotary" and self.head_size % 2:
+            raise InputError(f"Rotary positions need an even head size, not {self.head_size}.")
+
+
+def _head_size(width: int, heads: int) -> int:
+    if width % heads:
+        raise InputError(f"A width of {width} does not divide into {heads} heads.")
+    return width // heads
+
+
+def gpt2(vocab_size: int, context: int, layers: int, width: int, heads: int, **changes: Any) -> TransformerConfig:
+    """GPT-2 (Radford 2019): learned positions, LayerNorm, GELU, biases, tied embeddings."""
+    settings: dict[str, Any] = {"positions": "learned", "norm": "layer", "mlp": "gelu", "bias": True, "qkv_bias": True}
+    size = _head_size(width, heads)
+    settings = {"kv_heads": heads, "head_size": size, "mlp_width": 4 * width} | settings | changes
+    return TransformerConfig(vocab_size, context, layers, width, heads, **settings)
+
+
+def llama(vocab_size: int, context: int, layers: int, width: int, heads: int, **changes: Any) -> TransformerConfig:
+    """Llama (Touvron 2023): RoPE, RMSNorm, SwiGLU of 8/3 the width, no biases, grouped-query attention on request."""
+    size = _head_size(width, heads)
+    settings = {"kv_heads": heads, "head_size": size, "mlp_width": -(-8 * width // 3 // 32) * 32} | changes
+    return TransformerConfig(vocab_size, context, layers, width, heads, **settings)
+
+
+class Cache(NamedTuple):
+    """What decoding remembers. Column t of every array is token t of the padded sequence.
+
+    Attributes:
+        keys: for each layer, rotated keys. [B, J, T, K].
+        values: for each layer. [B, J, T, K].
+        mask: false on the padding of prompts; columns not yet written are true, and hidden by causality. [B, T].
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    mask: Array
+
+
+def _dense(config: TransformerConfig, features: int, name: str, bias: bool, std: float = INIT_STD) -> nn.Dense:
+    init = nn.initializers.normal(std)
+    return nn.Dense(features, use_bias=bias, dtype=config.dtype, kernel_init=init, name=name)
+
+
+def _norm(config: TransformerConfig, name: str) -> nn.Module:
+    kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+    return kind(epsilon=config.norm_epsilon, dtype=jnp.float32, name=name)
+
+
+def rotate(x: Array, positions: Array, theta: float) -> Array:
+    """Rotary position embedding (RoFormer, eq. 34), halves rotated against each other.
+
+    Args:
+        x: queries or keys. [B, S, H, K].
+        positions: int32 [B, S].
+        theta: base of the frequencies.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(query: Array, keys: Array, values: Array, mask: Array) -> Array:
+    """Softmax attention with grouped key-value heads, softmax in float32.
+
+    Args:
+        query: [B, S, H, K].
+        keys: [B, J, T, K].
+        values: [B, J, T, K].
+        mask: true where a query may look. bool [B, S, T].
+
+    Returns:
+        [B, S, H, K]. A query that may look nowhere gets the mean of the values, which nothing reads.
+    """
+    b, s, h, k = query.shape
+    grouped = query.reshape(b, s, keys.shape[1], -1, k)
+    scores = jnp.einsum("bsjgk,bjtk->bjgst", grouped, keys, preferred_element_type=jnp.float32) * k**-0.5
+    scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
+    weights = nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bjgst,bjtk->bsjgk", weights, values).reshape(b, s, h, k)
+
+
+class Attention(nn.Module):
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, positions: Array, mask: Array, cached: tuple[Array, Array] | None, index: Array | None
+    ) -> tuple[Array, tuple[Array, Array]]:
+        c = self.config
+        b, s, _ = x.shape
+        heads = {"query": c.heads, "key": c.kv_heads, "value": c.kv_heads}
+        query, key, value = (
+            _dense(c, n * c.head_size, name, c.qkv_bias)(x).reshape(b, s, n, c.head_size) for name, n in heads.items()
+        )
+        if c.qk_norm:
+            query = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=c.dtype, name="query_norm")(query)
+            key = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=c.dtype, name="key_norm")(key)
+        if c.positions == "rotary":
+            query, key = rotate(query, positions, c.rope_theta), rotate(key, positions, c.rope_theta)
+        keys, values = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+        if cached is not None:
+            keys = jax.lax.dynamic_update_slice_in_dim(cached[0], keys, index, axis=2)
+            values = jax.lax.dynamic_update_slice_in_dim(cached[1], values, index, axis=2)
+        mixed = attend(query, keys, values, mask).reshape(b, s, c.heads * c.head_size)
+        out = _dense(c, c.width, "out", c.bias, INIT_STD / (2 * c.layers) ** 0.5)
+        return out(mixed), (keys, values)
+
+
+class Mlp(nn.Module):
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        up = _dense(c, c.mlp_width, "up", c.bias)(x)
+        if c.mlp == "swiglu":
+            hidden = nn.silu(_dense(c, c.mlp_width, "gate", c.bias)(x)) * up
+        else:
+            hidden = nn.gelu(up, approximate=True)
+        return _dense(c, c.width, "down", c.bias, INIT_STD / (2 * c.layers) ** 0.5)(hidden)
+
+
+class Block(nn.Module):
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, positions: Array, mask: Array, cached: tuple[Array, Array] | None, index: Array | None
+    ) -> tuple[Array, tuple[Array, Array]]:
+        c = self.config
+        normed = _norm(c, "attention_norm")(x).astype(c.dtype)
+        mixed, kept = Attention(c, name="attention")(normed, positions, mask, cached, index)
+        x = x + mixed
+        return x + Mlp(c, name="mlp")(_norm(c, "mlp_norm")(x).astype(c.dtype)), kept
+
+
+class Transformer(nn.Module):
+    """Tokens to final states; `unembed` turns states to logits."""
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.initializers.normal(INIT_STD)
+        self.embedding = nn.Embed(c.vocab_size, c.width, embedding_init=init)
+        if c.positions == "learned":
+            self.position_embedding = nn.Embed(c.context, c.width, embedding_init=init)
+        block = nn.remat(Block) if c.remat else Block
+        self.blocks = [block(c, name=f"block_{layer}") for layer in range(c.layers)]
+        self.final_norm = _norm(c, "final_norm")
+        if not c.tied:
+            self.output = _dense(c, c.vocab_size, "output", bias=False)
+
+    def __call__(
+        self, tokens: Array, positions: Array, mask: Array, cache: Cache | None = None, index: Array | None = None
+    ) -> tuple[Array, tuple[Any, ...]]:
+        """States [B, S, D] after the final norm, and the keys and values of each layer."""
+        c = self.config
+        x = self.embedding(tokens)
+        if c.positions == "learned":
+            x = x + self.position_embedding(positions)
+        x = x.astype(c.dtype)
+        kept = []
+        for layer, block in enumerate(self.blocks):
+            cached = None if cache is None else (cache.keys[layer], cache.values[layer])
+            x, pair = block(x, positions, mask, cached, index)
+            kept.append(pair)
+        if self.is_initializing() and not c.tied:
+            self.output(x)
+        return self.final_norm(x).astype(c.dtype), tuple(kept)
+
+    def unembed(self, states: Array) -> Array:
+        """Logits [..., V] of states [..., D], float32."""
+        c = self.config
+        kernel = self.embedding.embedding if c.tied else self.output.variables["params"]["kernel"]
+        equation = "...d,vd->...v" if c.tied else "...d,dv->...v"
+        return jnp.einsum(equation, states, kernel.astype(c.dtype), preferred_element_type=jnp.float32)
+
+
+def init_params(key: Array, config: TransformerConfig) -> PyTree:
+    """Random parameters, float32: normal with standard deviation 0.02, residual projections scaled down by depth."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return Transformer(config).init(key, tokens, tokens, jnp.ones((1, 1, 1), bool))["params"]
+
+
+def token_positions(mask: Array) -> Array:
+    """Position of each real token among the real tokens of its row; 0 on the padding before them. [B, T]."""
+    return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def hidden_states(params: PyTree, tokens: Array, mask: Array, config: TransformerConfig) -> Array:
+    """Final states of every position, each of which sees the real tokens up to itself.
+
+    Args:
+        params: the model's parameters.
+        tokens: int32 [B, T].
+        mask: true on real tokens; padding may stand on either side. bool [B, T].
+        config: the model's configuration.
+
+    Returns:
+        [B, T, D] in the compute dtype; state t predicts token t + 1.
+    """
+    chex.assert_rank([tokens, mask], 2)
+    chex.assert_equal_shape([tokens, mask])
+    states, _ = Transformer(config).apply({"params": params}, tokens, token_positions(mask), _causal(mask))
+    return states
+
+
+def logits(params: PyTree, states: Array, config: TransformerConfig) -> Array:
+    """Logits of the next token. [..., D] -> float32 [..., V]."""
+    return Transformer(config).apply({"params": params}, states, method="unembed")
+
+
+def prefill(params: PyTree, tokens: Array, mask: Array, config: TransformerConfig, columns: int) -> tuple[Array, Cache]:
+    """Read left-padded prompts into a new cache.
+
+    Args:
+        params: the model's parameters.
+        tokens: int32 [B, P].
+        mask: true on real tokens; the last column is. bool [B, P].
+        config: the model's configuration.
+        columns: T, the columns of the cache, P included.
+
+    Returns:
+        The state [B, D] that predicts the first completion token, and the cache.
+    """
+    room = columns - tokens.shape[1]
+    states, kept = Transformer(config).apply({"params": params}, tokens, token_positions(mask), _causal(mask))
+    grown = [tuple(jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))) for x in pair) for pair in kept]
+    keys, values = zip(*grown, strict=True)
+    return states[:, -1], Cache(keys, values, jnp.pad(mask, ((0, 0), (0, room)), constant_values=True))
+
+
+def decode_step(
+    params: PyTree, cache: Cache, tokens: Array, index: Array, config: TransformerConfig
+) -> tuple[Array, Cache]:
+    """Append one token to every sequence.
+
+    Args:
+        params: the model's parameters.
+        cache: as `prefill` or the step before returned it.
+        tokens: int32 [B].
+        index: the column that the tokens take, the same for every sequence. int32 [].
+        config: the model's configuration.
+
+    Returns:
+        The state [B, D] that predicts the token after, and the cache with column `index` written.
+    """
+    seen = cache.mask & (jnp.arange(cache.mask.shape[1]) <= index)[None, :]
+    positions = jnp.sum(seen, axis=1, dtype=jnp.int32)[:, None] - 1
+    states, kept = Transformer(config).apply(
+        {"params": params}, tokens[:, None], positions, seen[:, None, :], cache, index
+    )
+    keys, values = zip(*kept, strict=True)
+    return states[:, 0], Cache(keys, values, cache.mask)
+
+
+def _causal(mask: Array) -> Array:
+    """Which columns each position sees: the real ones up to itself. [B, T] -> [B, T, T]."""
+    columns = jnp.arange(mask.shape[1])
+    return (columns[None, :] <= columns[:, None])[None, :, :] & mask[:, None, :]

@@ -1,0 +1,237 @@
+"""From a configuration to one reward: named rewards and the user's own, weighted and summed."""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import math
+import operator
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from transformers import PreTrainedTokenizerBase
+
+from rl_jax.errors import InputError
+from rl_jax.rewards.text import TextReward, keyword_reward, regex_reward, score_text, sentiment
+from rl_jax.rewards.tokens import length_reward, repetition_penalty, token_share
+from rl_jax.types import Array, RewardFn, Rollout
+
+BUILT_IN = ("sentiment", "length", "keyword", "regex", "repetition", "tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """What a completion is rewarded for."""
+
+    names: tuple[str, ...] = ("sentiment",)
+    """Rewards to add up. sentiment: VADER's compound score, in [-1, 1]. length: minus the distance from
+    target_length, as a share of it. keyword: share of the keywords that occur. regex: 1 where the pattern matches,
+    else 0. repetition: minus the share of repeated bigrams. tokens: share of the tokens that are keywords.
+    module:function is your own, of one rollout (JAX, gives [B]) or of a prompt and a completion (strings, gives a
+    number); the module may be in the current directory."""
+
+    weights: tuple[float, ...] = ()
+    """The factor of each reward, in the order of names; all 1 when empty."""
+
+    keywords: tuple[str, ...] = ()
+    """Words that the rewards keyword and tokens look for."""
+
+    pattern: str = ""
+    """Regular expression of the reward regex, in Python's syntax."""
+
+    target_length: int = 0
+    """Length that the reward length asks for, in tokens, at least 1."""
+
+
+class Reward(NamedTuple):
+    """A reward in its two parts, whose sum it is; a part that has nothing in it is None.
+
+    Attributes:
+        name: for people, such as "sentiment + 0.5 repetition".
+        on_tokens: the part inside the compiled step, Rollout -> [B].
+        on_text: the part on the host, prompt, completion -> number.
+    """
+
+    name: str
+    on_tokens: RewardFn | None
+    on_text: TextReward | None
+
+
+def make_reward(config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> Reward:
+    """Checks a configuration and builds the reward that it describes.
+
+    Raises:
+        InputError: a name is unknown, a setting is missing, wrong or unused, or a function of the user's cannot be
+            imported or gives something other than [B] floats.
+    """
+    _check(config)
+    weights = config.weights or (1.0,) * len(config.names)
+    parts = [_part(name, config, tokenizer) for name in config.names]
+    on_tokens = [(weight, part) for weight, (part, _) in zip(weights, parts, strict=True) if part]
+    on_text = [(weight, part) for weight, (_, part) in zip(weights, parts, strict=True) if part]
+
+    def tokens_sum(rollout: Rollout) -> Array:
+        return functools.reduce(operator.add, (weight * reward(rollout) for weight, reward in on_tokens))
+
+    def text_sum(prompt: str, completion: str) -> float:
+        return sum(weight * score_text(reward, prompt, completion) for weight, reward in on_text)
+
+    return Reward(
+        name=_sum_name(config.names, weights),
+        on_tokens=tokens_sum if on_tokens else None,
+        on_text=text_sum if on_text else None,
+    )
+
+
+def _check(config: RewardConfig) -> None:
+    for name in config.names:
+        if name not in BUILT_IN and ":" not in name:
+            close = difflib.get_close_matches(name, BUILT_IN, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise InputError(f"no reward {name!r}{hint}: give {', '.join(BUILT_IN)}, or your own as module:function")
+    if not config.names:
+        raise InputError(f"no reward is named: give {', '.join(BUILT_IN)}, or your own as module:function")
+    if config.weights and len(config.weights) != len(config.names):
+        raise InputError(
+            f"there are {len(config.weights)} weights for {len(config.names)} rewards: give one a name, or none"
+        )
+    if not all(map(math.isfinite, config.weights)):
+        raise InputError(f"the weights {config.weights} are not all finite numbers")
+    for setting, users in (
+        ("keywords", ("keyword", "tokens")),
+        ("pattern", ("regex",)),
+        ("target_length", ("length",)),
+    ):
+        given, used = bool(getattr(config, setting)), any(user in config.names for user in users)
+        if used and not given:
+            raise InputError(f"the reward {' or '.join(u for u in users if u in config.names)} needs {setting}")
+        if given and not used:
+            raise InputError(f"{setting} is given, and no reward uses it: name {' or '.join(users)}, or leave it out")
+    if not all(keyword.strip() for keyword in config.keywords):
+        raise InputError("a keyword is empty: give words, or leave it out")
+    if config.target_length < 0:
+        raise InputError(f"target_length is {config.target_length}: give at least 1 token")
+    try:
+        re.compile(config.pattern)
+    except re.error as error:
+        raise InputError(f"the pattern {config.pattern!r} is not a regular expression: {error}") from error
+
+
+def _part(
+    name: str, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[RewardFn | None, TextReward | None]:
+    """The reward of that name as a function of tokens or as one of text; the other is None."""
+    match name:
+        case "sentiment":
+            return None, sentiment
+        case "keyword":
+            return None, lambda prompt, completion: keyword_reward(completion, config.keywords)
+        case "regex":
+            return None, lambda prompt, completion: regex_reward(completion, config.pattern)
+        case "length":
+            return lambda rollout: length_reward(rollout, config.target_length), None
+        case "repetition":
+            return repetition_penalty, None
+        case "tokens":
+            token_ids = keyword_ids(tokenizer, config.keywords)
+            return lambda rollout: token_share(rollout, jnp.asarray(token_ids)), None
+    function = _import_function(name)
+    match _fewest_arguments(function):
+        case 1:
+            _check_shape(name, function)
+            return function, None
+        case 2:
+            return None, function
+    raise InputError(
+        f"the reward {name} must take one argument (a Rollout) to be a reward on tokens, or two (prompt, "
+        "completion) to be one on text"
+    )
+
+
+def keyword_ids(tokenizer: PreTrainedTokenizerBase, keywords: tuple[str, ...]) -> list[int]:
+    """Ids of the tokens that are a keyword, alone or after a space.
+
+    Raises:
+        InputError: a keyword is no single token of the vocabulary.
+    """
+    ids = []
+    for keyword in keywords:
+        forms = [tokenizer.encode(form, add_special_tokens=False) for form in (keyword, " " + keyword)]
+        whole = [form[0] for form in forms if len(form) == 1]
+        if not whole:
+            raise InputError(
+                f"the keyword {keyword!r} is no single token of this vocabulary: use the reward keyword for it"
+            )
+        ids += whole
+    return ids
+
+
+def _import_function(name: str) -> Callable:
+    module_name, _, function_name = name.partition(":")
+    try:
+        with _current_directory_importable():
+            module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module does when it runs
+        raise InputError(
+            f"the reward {name} cannot be imported: {type(error).__name__}: {error}; module is a Python module "
+            "that is installed or in the current directory"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        close = difflib.get_close_matches(function_name, dir(module), n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise InputError(f"the module {module_name} has no function {function_name!r}{hint}")
+    return function
+
+
+@contextlib.contextmanager
+def _current_directory_importable() -> Iterator[None]:
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        sys.path.remove("")
+
+
+def _fewest_arguments(function: Callable) -> int | None:
+    """The smallest number of arguments, up to two, that the function can be called with."""
+    for count in range(3):
+        with contextlib.suppress(TypeError, ValueError):  # does not bind; a built-in that hides its signature
+            inspect.signature(function).bind(*range(count))
+            return count
+    return None
+
+
+def _check_shape(name: str, function: RewardFn) -> None:
+    """Traces a reward on tokens with a small rollout, so that a mistake shows before any long work."""
+    sequences = 2
+    prompts, completions = jnp.zeros((sequences, 3), jnp.int32), jnp.zeros((sequences, 5), jnp.int32)
+    rollout = Rollout(
+        prompts=prompts,
+        prompt_mask=prompts == 0,
+        completions=completions,
+        completion_mask=completions == 0,
+        behavior_logprobs=completions.astype(jnp.float32),
+        truncated=jnp.zeros(sequences, bool),
+    )
+    try:
+        reward = jax.eval_shape(function, rollout)
+    except Exception as error:
+        raise InputError(f"the reward {name} cannot be traced by JAX: {type(error).__name__}: {error}") from error
+    shape, dtype = getattr(reward, "shape", None), getattr(reward, "dtype", None)
+    if shape != (sequences,) or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(
+            f"the reward {name} gives shape {shape} and dtype {dtype} for {sequences} completions: "
+            f"give one float a completion, shape ({sequences},)"
+        )
+
+
+def _sum_name(names: tuple[str, ...], weights: tuple[float, ...]) -> str:
+    terms = [name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True)]
+    return " + ".join(terms).replace("+ -", "- ")

@@ -1,0 +1,74 @@
+"""Rewards computed from strings in Python, and the one boundary on the host where they are called."""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from rl_jax.errors import InputError
+
+TextReward = Callable[[str, str], float]
+"""Prompt, completion -> reward."""
+
+
+def sentiment(prompt: str, completion: str) -> float:
+    """Sentiment of the completion: VADER's compound score (Hutto and Gilbert 2014), in [-1, 1]."""
+    return _analyzer().polarity_scores(completion)["compound"]
+
+
+@functools.cache
+def _analyzer() -> SentimentIntensityAnalyzer:
+    return SentimentIntensityAnalyzer()
+
+
+def keyword_reward(completion: str, keywords: Sequence[str]) -> float:
+    """Share of the keywords that occur in the completion as whole words, in any case."""
+    patterns = (rf"(?<!\w){re.escape(keyword)}(?!\w)" for keyword in keywords)
+    return sum(bool(re.search(pattern, completion, re.IGNORECASE)) for pattern in patterns) / len(keywords)
+
+
+def regex_reward(completion: str, pattern: str) -> float:
+    """1 if the regular expression matches anywhere in the completion, else 0."""
+    return float(bool(re.search(pattern, completion)))
+
+
+def score_texts(reward: TextReward, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+    """Calls a text reward on each prompt and its completion.
+
+    Returns:
+        float32 [B].
+
+    Raises:
+        InputError: the reward failed, or gave something other than a finite number.
+    """
+    rewards = np.empty(len(completions), np.float32)
+    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        try:
+            rewards[index] = score_text(reward, prompt, completion)
+        except InputError as error:
+            raise InputError(f"completion {index} of {len(completions)}: {error}") from error
+    return rewards
+
+
+def score_text(reward: TextReward, prompt: str, completion: str) -> float:
+    """Calls a text reward once; an InputError names the reward and shows the completion."""
+    name, shown = getattr(reward, "__qualname__", repr(reward)), _shown(completion)
+    try:
+        value = np.asarray(reward(prompt, completion))
+    except InputError:  # from a part of this reward, and already explained
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the reward {name} failed with {type(error).__name__}: {error}; the completion was {shown}"
+        ) from error
+    if value.ndim > 0 or value.dtype.kind not in "biuf":
+        raise InputError(f"the reward {name} gave {value!r}, not a number; the completion was {shown}")
+    if not abs(value) <= np.finfo(np.float32).max:
+        raise InputError(f"the reward {name} gave {value}, not a finite number; the completion was {shown}")
+    return float(value)
+
+
+def _shown(completion: str, characters: int = 200) -> str:
+    return repr(completion if len(completion) <= characters else completion[:characters] + "...")

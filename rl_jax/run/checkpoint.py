@@ -1,0 +1,166 @@
+"""Checkpoints: written while the device computes on, whole or not at all, and verified when they are read.
+
+Orbax finds a missing or a shortened file, yet restores flipped bits in silence. So a fingerprint of every array is
+stored with the arrays, and a checkpoint that does not match its fingerprints is passed over for the one before.
+"""
+
+import json
+import math
+import os
+import shutil
+import warnings
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rl_jax.errors import InputError
+from rl_jax.run.folder import describe_differences, differences, jsonable
+from rl_jax.types import Array, PyTree, TrainState
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import CheckpointManager
+
+ASIDE = "unreadable-"  # before the name of a checkpoint that was passed over
+
+
+class Checkpoints(NamedTuple):
+    """A folder of checkpoints, and the settings that those written to it belong to."""
+
+    manager: "CheckpointManager"
+    config: dict[str, Any]
+
+
+def open_checkpoints(folder: str | Path, config: dict[str, Any], keep: int = 2) -> Checkpoints:
+    """Opens a folder of checkpoints, made if it is missing.
+
+    Args:
+        folder: where they are.
+        config: the settings that the arrays depend on (those of the model, of the training). Each checkpoint holds
+            a copy, and is restored under the same settings only.
+        keep: how many of the newest are kept.
+    """
+    import orbax.checkpoint as ocp
+    from absl import logging
+
+    logging.set_verbosity(logging.FATAL)  # what goes wrong is raised or warned of below
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    return Checkpoints(ocp.CheckpointManager(Path(folder).absolute(), options=options), jsonable(config))
+
+
+def save_checkpoint(checkpoints: Checkpoints, state: TrainState) -> None:
+    """Starts to write the checkpoint of step `state.step`, and waits for the device, not for the disk.
+
+    On return `state` may be donated: what is written are the values that it held. A step that is there already is
+    not written again.
+    """
+    import orbax.checkpoint as ocp
+
+    step = int(state.step)
+    if step in checkpoints.manager.all_steps():
+        return
+    record = {"config": checkpoints.config, "fingerprints": _fingerprints(state, checkpoints.config)}
+    checkpoints.manager.save(
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
+        force=True,
+    )
+
+
+def restore_checkpoint(checkpoints: Checkpoints, like: TrainState) -> TrainState | None:
+    """Restores the newest checkpoint that reads back as it was written.
+
+    Newer ones that do not are warned of, and renamed so that training can write those steps again.
+
+    Args:
+        checkpoints: from `open_checkpoints`.
+        like: a state with the shapes, types and shardings to restore to, of arrays or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+        The state, or None if there is no checkpoint.
+
+    Raises:
+        InputError: the checkpoint was written under other settings, or there are some and none can be read.
+    """
+    manager = checkpoints.manager
+    unreadable: dict[int, str] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            state = _read(checkpoints, step, like)
+        except InputError:
+            raise
+        except Exception as error:  # reading a damaged file may raise anything
+            unreadable[step] = f"{str(error).strip() or type(error).__name__}".splitlines()[0][:160]
+            continue
+        for other, reason in unreadable.items():
+            warnings.warn(
+                f"Checkpoint {manager.directory / str(other)} cannot be read ({reason}). It is set aside as "
+                f"{ASIDE}{other}, and the one of step {step} is restored.",
+                stacklevel=2,
+            )
+            _set_aside(manager, other)
+        return state
+    if unreadable:
+        reasons = "; ".join(f"step {step}: {reason}" for step, reason in unreadable.items())
+        raise InputError(
+            f"No checkpoint in {manager.directory} can be read ({reasons}). Bring the folder back from a copy, or "
+            "remove it to start from the beginning."
+        )
+    return None
+
+
+def wait_for_checkpoints(checkpoints: Checkpoints) -> None:
+    """Waits until what is being written is on disk."""
+    checkpoints.manager.wait_until_finished()
+
+
+def close_checkpoints(checkpoints: Checkpoints) -> None:
+    """Waits until what is being written is on disk, and lets go of the folder."""
+    checkpoints.manager.close()
+
+
+@jax.jit
+def fingerprint(values: Array) -> Array:
+    """A number that tells an array from a damaged copy: sum_i (2 i + 1) bits_i modulo 2^32. uint32 [].
+
+    An odd factor is invertible modulo 2^32, so a change within one element never goes unseen; other changes do
+    with a chance of about 2^-32. The sum is one of integers, so it is the same however the array is laid over devices.
+    """
+    values = values.astype(jnp.uint8) if values.dtype == jnp.bool_ else values
+    words = jax.lax.bitcast_convert_type(values, jnp.dtype(f"uint{8 * min(values.dtype.itemsize, 4)}"))
+    places = jax.lax.iota(jnp.uint32, math.prod(words.shape)).reshape(words.shape)
+    return jnp.sum(words.astype(jnp.uint32) * (2 * places + 1), dtype=jnp.uint32)
+
+
+def _fingerprints(state: PyTree, config: dict[str, Any]) -> dict[str, int]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    arrays = {jax.tree_util.keystr(path): fingerprint(leaf) for path, leaf in leaves}
+    settings = {"config": zlib.crc32(json.dumps(config, sort_keys=True).encode())}
+    return settings | {name: int(value) for name, value in jax.device_get(arrays).items()}
+
+
+def _read(checkpoints: Checkpoints, step: int, like: TrainState) -> TrainState:
+    import orbax.checkpoint as ocp
+
+    manager = checkpoints.manager
+    record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+    if _fingerprints((), record["config"])["config"] != record["fingerprints"]["config"]:
+        raise ValueError("its settings are damaged")
+    if found := differences(record["config"], checkpoints.config):
+        raise InputError(
+            f"{manager.directory / str(step)} was written under other settings: {describe_differences(found)}. "
+            "Resume under the settings it was written under, or start another run."
+        )
+    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
+    if damaged := differences(record["fingerprints"], _fingerprints(state, record["config"])):
+        raise ValueError(f"{next(iter(damaged))} is damaged")
+    return state
+
+
+def _set_aside(manager: "CheckpointManager", step: int) -> None:
+    aside = manager.directory / f"{ASIDE}{step}"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(manager.directory / str(step), aside)
+    manager.reload()

@@ -1,0 +1,102 @@
+"""A run's folder: made once, named by the user, and continued only by the run that made it."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from rl_jax.errors import InputError
+from rl_jax.run.metrics import describe_device, versions
+
+
+def open_run(
+    folder: str | Path, script: str, config: Any, resume: bool, may_differ: Collection[str] = ("resume",)
+) -> Path:
+    """Makes the folder of a new run, or checks that a run to be resumed is the one that made it; writes config.json.
+
+    Args:
+        folder: the run's folder.
+        script: the script that runs, such as "experiments/pipeline.py".
+        config: its settings, a dataclass.
+        resume: whether the run continues one that is there.
+        may_differ: settings that a resumed run may change, in dotted names ("resume", "rl.steps").
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: a new run's folder is taken, or the run to resume is missing or was made with other settings.
+    """
+    folder = Path(folder)
+    settings = jsonable(config)
+    if resume:
+        _check_same_run(folder, settings, may_differ)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists; give another --run, remove it, or continue it with --resume.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / "config.json",
+        {"script": script, "config": settings, "device": describe_device(), "versions": versions()},
+    )
+    return folder
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes `value` so that a reader finds the old file or the new one whole; NaN and infinities become null."""
+    path = Path(path)
+    half = path.with_name(path.name + ".tmp")
+    half.write_text(json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    os.replace(half, path)
+
+
+def jsonable(value: Any) -> Any:
+    """`value` as JSON reads it back: dataclasses are objects, tuples lists, paths strings, NaN and infinities null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # NumPy and JAX
+        return jsonable(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted names of the settings in which two configurations differ, with both values ("absent" where missing)."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return {} if old == new else {name: (old, new)}
+    found = {}
+    for key in [*old, *(key for key in new if key not in old)]:
+        found |= differences(old.get(key, "absent"), new.get(key, "absent"), f"{name}.{key}" if name else key)
+    return found
+
+
+def describe_differences(found: dict[str, tuple[Any, Any]], limit: int = 3) -> str:
+    """The first few differences in a phrase: "rl.steps was 100 and is now 200"."""
+    phrases = [f"{name} was {old!r} and is now {new!r}" for name, (old, new) in list(found.items())[:limit]]
+    more = len(found) - len(phrases)
+    return "; ".join(phrases) + (f"; and {more} more" if more > 0 else "")
+
+
+def _check_same_run(folder: Path, settings: dict[str, Any], may_differ: Collection[str]) -> None:
+    path = folder / "config.json"
+    if not path.exists():
+        raise InputError(f"There is no run to resume in {folder}: {path} does not exist. Start it without --resume.")
+    try:
+        before = json.loads(path.read_text("utf-8"))["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error!r}); give another --run.") from error
+    found = {name: pair for name, pair in differences(before, settings).items() if name not in may_differ}
+    if found:
+        raise InputError(
+            f"{folder} was run with other settings: {describe_differences(found)}. "
+            "Resume with the settings it was started with, or give another --run."
+        )

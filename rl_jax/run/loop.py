@@ -1,0 +1,160 @@
+"""The loop round the mathematics: progress, metrics, checkpoints, interruption. It knows no model and no algorithm."""
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+
+from rl_jax.errors import InputError
+from rl_jax.run.checkpoint import Checkpoints, save_checkpoint, wait_for_checkpoints
+from rl_jax.run.interrupt import stop_requests
+from rl_jax.run.metrics import MetricsWriter
+from rl_jax.run.progress import Progress, show_progress
+from rl_jax.types import TrainState
+
+StepFn = Callable[[TrainState, int], tuple[TrainState, Mapping[str, Any]]]
+"""(state, step) -> (state, metrics), as `train` takes it."""
+
+NONFINITE_LIMIT = 3  # consecutive skipped updates at which a run has failed
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and its state is saved. The message says how to continue."""
+
+
+class RunFailed(Exception):
+    """The run cannot go on. The message says why, and what is kept."""
+
+
+def train(
+    step_fn: StepFn,
+    state: TrainState,
+    *,
+    stage: str,
+    steps: int,
+    writer: MetricsWriter,
+    checkpoints: Checkpoints,
+    checkpoint_every: int,
+    shown: Sequence[str] = ("loss", "tokens_per_second"),
+) -> TrainState:
+    """Runs `step_fn` from step `state.step` to step `steps`.
+
+    The metrics of a step are fetched when the next step has been dispatched, so that the device need not wait for
+    the host. The row of metrics numbered i is that of the update from step i to i + 1.
+
+    Args:
+        step_fn: (state, step) -> (state, metrics): one update, and scalars by name. Of these "tokens", the number of
+            tokens that the step processed, is written as "tokens_per_second" (except for the first
+            step, which compiles); "nonfinite", if there, is the number of updates in a row that were skipped.
+        state: where to start. It may be donated.
+        stage: "pretrain", "rl": the stage's name in the metrics.
+        steps: the step to end at.
+        writer: takes the metrics of each step.
+        checkpoints: take the state every `checkpoint_every` steps, and at the end.
+        checkpoint_every: steps from one checkpoint to the next.
+        shown: names of the metrics to show on the way.
+
+    Returns:
+        The state at step `steps`.
+
+    Raises:
+        InputError: `steps` lies behind the state, or `checkpoint_every` is not positive.
+        Interrupted: on SIGINT or SIGTERM, after the step under way, when its state is on disk. A second signal ends
+            the run at once.
+        RunFailed: three updates in a row were not finite. The checkpoints before them are kept.
+    """
+    start = int(state.step)
+    if start > steps:
+        raise InputError(f"{stage} is at step {start} already, and cannot end at step {steps}; ask for more steps.")
+    if checkpoint_every < 1:
+        raise InputError(f"checkpoint_every is {checkpoint_every}; it must be at least 1.")
+
+    with show_progress(stage, start, steps) as progress, stop_requests(progress.say) as stop:
+        record = _recorder(stage, steps, writer, checkpoints, progress, shown)
+        metrics: Mapping[str, Any] | None = None
+        step = start
+        while step < steps and not stop.is_set():
+            state, next_metrics = step_fn(state, step)
+            if metrics is not None:
+                record(step - 1, metrics)
+            metrics, step = next_metrics, step + 1
+            # After a skipped update there is nothing new to keep, and good checkpoints would go to make room for it.
+            if step % checkpoint_every == 0 and step < steps and not int(state.nonfinite):
+                save_checkpoint(checkpoints, state)
+        if metrics is not None:
+            record(step - 1, metrics)
+            save_checkpoint(checkpoints, state)
+            wait_for_checkpoints(checkpoints)
+    if stop.is_set():
+        raise Interrupted(f"Stopped: {stage} is saved at step {step} of {steps}. Add --resume to continue from there.")
+    return state
+
+
+def run_main(main: Callable[[Any], None], config_class: type, args: Sequence[str] | None = None) -> NoReturn:
+    """Reads `config_class` from the command line, calls `main` with it, and exits.
+
+    Exits with 0, with 2 after a mistake of the user's, 130 when stopped by a signal and 1 when the run failed. Each
+    of these shows its message on standard error, without a traceback.
+    """
+    import tyro
+
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        main(tyro.cli(config_class, args=args))
+    except InputError as error:
+        _exit(2, f"error: {error}", "bold red")
+    except RunFailed as error:
+        _exit(1, f"error: {error}", "bold red")
+    except Interrupted as error:
+        _exit(130, str(error))
+    except KeyboardInterrupt:
+        _exit(130, "Stopped.")
+    sys.exit(0)
+
+
+def _recorder(
+    stage: str,
+    steps: int,
+    writer: MetricsWriter,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    shown: Sequence[str],
+) -> Callable[[int, Mapping[str, Any]], None]:
+    """Returns `record(step, metrics)`, which fetches the metrics of a step, writes and shows them, and judges them."""
+    before: float | None = None  # the time at which the step before was done
+
+    def record(step: int, metrics: Mapping[str, Any]) -> None:
+        nonlocal before
+        row = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        tokens, now = row.pop("tokens", None), time.perf_counter()
+        if tokens is not None and before is not None:
+            row["tokens_per_second"] = tokens / (now - before)
+        before = now
+        writer.write(stage, step, row)
+        progress.show(step + 1, {name: row[name] for name in shown if name in row})
+        if skipped := int(row.get("nonfinite", 0)):
+            progress.say(f"{stage} step {step}: the update was not finite and was skipped ({skipped} in a row).")
+        if skipped >= NONFINITE_LIMIT:
+            raise RunFailed(_failure(stage, step, checkpoints))
+
+    return record
+
+
+def _failure(stage: str, step: int, checkpoints: Checkpoints) -> str:
+    wait_for_checkpoints(checkpoints)
+    kept = checkpoints.manager.latest_step()
+    return (
+        f"{stage} failed at step {step}: {NONFINITE_LIMIT} updates in a row were not finite. "
+        + ("There was no checkpoint yet." if kept is None else f"The last good checkpoint is kept, at step {kept}.")
+        + " Try a lower learning rate."
+    )
+
+
+def _exit(code: int, message: str, style: str = "") -> NoReturn:
+    from rich.console import Console
+
+    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(message, style=style)
+    sys.exit(code)

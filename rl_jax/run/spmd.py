@@ -1,0 +1,92 @@
+"""One way to compile a function of the global batch and map it over devices, in `jax.pmap`'s vocabulary.
+
+The library's functions see the whole batch and name no axis. `pmapped` compiles them with shardings: arrays of
+axis 0 are cut over the devices, arrays of axis None are copied to each, and XLA adds the communication. On a mesh
+of one axis this is what `jax.pmap` computes; the answer does not depend on the number of devices.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rl_jax.errors import InputError
+from rl_jax.types import PyTree
+
+AXIS = "data"
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of one axis, "data", over `devices`, or over every device there is."""
+    devices = jax.devices() if devices is None else devices
+    # The default axis type is Explicit, under which a Linen embedding of sharded weights fails.
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def pmapped(
+    fn: Callable[..., Any], mesh: Mesh, in_axes: tuple[PyTree, ...], out_axes: PyTree, donate: tuple[int, ...] = ()
+) -> Callable[..., Any]:
+    """Compiles `fn`, a function of the global batch, and maps it over the devices of `mesh`.
+
+    Args:
+        fn: takes positional arguments, pytrees of arrays, and returns a pytree of arrays.
+        mesh: from `make_mesh`.
+        in_axes: one entry an argument, each a pytree prefix of it with leaves None (a copy on each device) or the
+            number of the axis that is cut over the devices, usually 0.
+        out_axes: the same for what `fn` returns.
+        donate: numbers of the arguments whose memory the result may take over; the caller cannot use them again.
+
+    Returns:
+        The compiled function, with the `lower` and `_cache_size` of `jax.jit`. Calling it raises InputError where
+        an axis to be cut is not a multiple of the number of devices.
+    """
+    compiled: Any = jax.jit(
+        fn, in_shardings=_shardings(mesh, in_axes), out_shardings=_shardings(mesh, out_axes), donate_argnums=donate
+    )
+    name = getattr(fn, "__name__", "the function")
+
+    @functools.wraps(fn)
+    def checked(*args: PyTree) -> PyTree:
+        for number, (axes, arg) in enumerate(zip(in_axes, args, strict=False)):  # jit counts them
+            _check_divisible(axes, arg, mesh, f"Argument {number} of {name}")
+        return compiled(*args)
+
+    vars(checked).update(lower=compiled.lower, _cache_size=compiled._cache_size)
+    return checked
+
+
+def put(tree: PyTree, mesh: Mesh, axes: PyTree = None) -> PyTree:
+    """Copies `tree` to the devices, laid out as `pmapped` wants an argument whose entry in `in_axes` is `axes`.
+
+    The copy shares no memory with `tree`: it may be donated, and the original changed.
+
+    Raises:
+        InputError: an axis to be cut is not a multiple of the number of devices.
+    """
+    _check_divisible(axes, tree, mesh, "The tree")
+    # A copy first: `device_put` may alias its source, a NumPy array or a shard, even where it is told not to.
+    copies = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else np.array(x), tree)
+    return jax.device_put(copies, _shardings(mesh, axes))
+
+
+def _shardings(mesh: Mesh, axes: PyTree) -> PyTree:
+    def sharding(axis: int | None) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS))
+
+    return jax.tree.map(sharding, axes, is_leaf=lambda x: x is None)
+
+
+def _check_divisible(axes: PyTree, tree: PyTree, mesh: Mesh, name: str) -> None:
+    def check(axis: int | None, subtree: PyTree) -> None:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(subtree) if axis is not None else ():
+            size = np.shape(leaf)[axis]
+            if size % mesh.size:
+                raise InputError(
+                    f"{name}{jax.tree_util.keystr(path)} has size {size} on axis {axis}, which {mesh.size} devices "
+                    f"cannot share equally; make it a multiple of {mesh.size}."
+                )
+
+    jax.tree.map(check, axes, tree, is_leaf=lambda x: x is None)

@@ -1,0 +1,130 @@
+"""What a policy says of tokens that exist already: the learner's side of the rollout.
+
+Letters: B sequences, C completion length, D width, V vocabulary, T columns.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rl_jax.models.transformer import TransformerConfig, hidden_states, logits
+from rl_jax.reinforce.distributions import entropy, exact_kl, token_logprobs
+from rl_jax.sampling import Sampling, untruncated, warp_logits
+from rl_jax.types import Array, PyTree, Rollout
+
+CHUNK_BYTES = 1 << 25  # logits held at once: beyond about this size XLA on CPU writes to fresh pages
+
+
+class Reference(NamedTuple):
+    """The frozen policy that divergences are measured from: its parameters, and its states on a rollout.
+
+    Attributes:
+        params: the reference policy's parameters.
+        states: from `completion_states`. [B, C, D].
+    """
+
+    params: PyTree
+    states: Array
+
+
+class TokenScores(NamedTuple):
+    """What a policy says of each completion token. Every array is float32 [B, C], in nats.
+
+    Attributes:
+        logprobs: under the distribution that was sampled from, filters included.
+        entropy: of the distribution at the sampling temperature.
+        kl: exact KL from the reference at the sampling temperature; zeros without a reference.
+    """
+
+    logprobs: Array
+    entropy: Array
+    kl: Array
+
+
+def completion_states(params: PyTree, rollout: Rollout, config: TransformerConfig) -> Array:
+    """The states that predict each completion token. The shift by one is here and nowhere else. [B, C, D]."""
+    tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)[:, :-1]
+    mask = jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)[:, :-1]
+    return hidden_states(params, tokens, mask, config)[:, rollout.prompts.shape[1] - 1 :]
+
+
+def token_scores(
+    params: PyTree,
+    states: Array,
+    tokens: Array,
+    config: TransformerConfig,
+    sampling: Sampling,
+    reference: Reference | None = None,
+) -> TokenScores:
+    """Scores of tokens from the states that predict them; logits [B, C, V] are never held.
+
+    The columns go through the vocabulary in chunks of about 32 MiB of logits, which the backward pass makes again.
+
+    Args:
+        params: the policy's parameters.
+        states: [B, C, D].
+        tokens: int32 [B, C].
+        config: the policy's configuration, and the reference's.
+        sampling: temperature and filters.
+        reference: what the KL is measured from.
+
+    Returns:
+        TokenScores of [B, C].
+    """
+    chex.assert_rank([states, tokens], [3, 2])
+    chex.assert_equal_shape_prefix([states, tokens], 2)
+    columns = tokens.shape[1]
+    width = min(max(CHUNK_BYTES // (4 * tokens.shape[0] * config.vocab_size), 1), columns)
+    ref_params, ref_states = reference or (None, None)
+
+    def score(chunk: tuple[Array, Array, Array | None]) -> TokenScores:
+        states, tokens, ref_states = chunk
+        scores = logits(params, states, config)
+        tempered = warp_logits(scores, untruncated(sampling))
+        kl = jnp.zeros(tokens.shape)
+        if ref_states is not None:
+            kl = exact_kl(tempered, warp_logits(logits(ref_params, ref_states, config), untruncated(sampling)))
+        return TokenScores(token_logprobs(warp_logits(scores, sampling, tokens), tokens), entropy(tempered), kl)
+
+    batch = (states, tokens, ref_states)
+    if width == columns:
+        return score(batch)
+    chunks = jax.tree.map(lambda x: _split_columns(x, width), batch)
+    scored = jax.lax.map(jax.checkpoint(score), chunks)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :columns], scored)
+
+
+def score_completions(
+    params: PyTree,
+    rollout: Rollout,
+    config: TransformerConfig,
+    sampling: Sampling,
+    reference: Reference | None = None,
+) -> TokenScores:
+    """`token_scores` of a rollout's completions, 0 where they are masked."""
+    states = completion_states(params, rollout, config)
+    scores = token_scores(params, states, rollout.completions, config, sampling, reference)
+    return jax.tree.map(lambda x: jnp.where(rollout.completion_mask, x, 0.0), scores)
+
+
+def completion_logprobs(params: PyTree, rollout: Rollout, config: TransformerConfig, sampling: Sampling) -> Array:
+    """Log-probability of each completion token under the distribution that `sampling` makes of the policy.
+
+    Args:
+        params: the policy's parameters.
+        rollout: B sequences.
+        config: the policy's configuration.
+        sampling: temperature and filters; those that sampled the rollout, to compare with `behavior_logprobs`.
+
+    Returns:
+        float32 [B, C], 0 where masked.
+    """
+    return score_completions(params, rollout, config, sampling).logprobs
+
+
+def _split_columns(x: Array, width: int) -> Array:
+    """[B, C, ...] -> [C / width, B, width, ...], padded with zeros to whole chunks."""
+    padding = [(0, 0), (0, -x.shape[1] % width)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.moveaxis(jnp.pad(x, padding).reshape(x.shape[0], -1, width, *x.shape[2:]), 1, 0)

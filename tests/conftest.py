@@ -1,0 +1,7 @@
+"""Every test sees eight host devices, and an error where arrays of different rank would broadcast."""
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
