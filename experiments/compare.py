@@ -45,15 +45,13 @@ class Side(NamedTuple):
         scores: what the tuned policy says of them, with the exact KL from the pretrained one.
         ref_logprobs: what the pretrained policy says of them, at the sampling temperature. [B, C].
         ref_nats: the same at temperature 1, negative and summed. [B].
-        texts: the completions as text.
         rewards: [B].
     """
 
     rollout: Rollout
     scores: TokenScores
-    ref_logprobs: Array
-    ref_nats: Array
-    texts: list[str]
+    ref_logprobs: np.ndarray
+    ref_nats: np.ndarray
     rewards: np.ndarray
 
 
@@ -93,21 +91,23 @@ def compare(
         rewards = jnp.zeros(len(ref_nats)) if reward.on_tokens is None else reward.on_tokens(rollout)
         return rollout, scores, completion_logprobs(ref, rollout, config, tempered), ref_nats, rewards
 
-    measure = pmapped(measure, mesh, (None, None, None, None, 0, 0, 0), 0)
+    mapped_measure = pmapped(measure, mesh, (None, None, None, None, 0, 0, 0), 0)
     params = {"before": put(pretrained.params, mesh), "after": put(tuned.params, mesh)}
     key = step_key(seed, Purpose.EVALUATE)
 
     def complete(side: str) -> Side:
         blocks = [
-            measure(params[side], params["after"], params["before"], key, index, *(x[index] for x in prompts))
+            mapped_measure(params[side], params["after"], params["before"], key, index, *(x[index] for x in prompts))
             for index in np.split(np.arange(len(prompts[0])), range(BLOCK, len(prompts[0]), BLOCK))
         ]
-        rollout, *rest, rewards = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(blocks))
+        rollout, scores, ref_logprobs, ref_nats, rewards = jax.tree.map(
+            lambda *parts: np.concatenate(parts), *jax.device_get(blocks)
+        )
         texts = decode_completions(pretrained.tokenizer, rollout.completions, rollout.completion_mask)
         if reward.on_text is not None:
             asked = decode_completions(pretrained.tokenizer, rollout.prompts, rollout.prompt_mask)
             rewards = rewards + score_texts(reward.on_text, asked, texts)
-        return Side(rollout, *rest, texts, rewards)
+        return Side(rollout, scores, ref_logprobs, ref_nats, rewards)
 
     before, after = complete("before"), complete("after")
     summary = _summarise(before, after, settings.completions) | {"reward": reward.name}
@@ -117,7 +117,7 @@ def compare(
 def _summarise(before: Side, after: Side, group: int) -> dict[str, Any]:
     sides = {"before": before, "after": after}
     estimates = {f"reward_{name}": mean_interval(side.rewards.reshape(-1, group)) for name, side in sides.items()}
-    estimates["kl"] = mean_interval(after.scores.kl.sum(axis=1).reshape(-1, group))
+    estimates["kl"] = mean_interval(np.sum(after.scores.kl, axis=1).reshape(-1, group))
     estimates["win_rate"] = win_rate(*(side.rewards.reshape(-1, group) for side in (after, before)))
     summary = {name: estimate.value for name, estimate in estimates.items()}
     summary |= {f"{name}_interval": [estimate.low, estimate.high] for name, estimate in estimates.items()}

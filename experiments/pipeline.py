@@ -15,8 +15,9 @@ from experiments.pretrain import Pretraining, load_text, model_config, pretrain
 from experiments.pretrain import check as check_pretraining
 from experiments.reinforce import Reinforcing, make_sampling, reinforce, split_prompts
 from experiments.reinforce import check as check_reinforcing
+from rl_jax.models.huggingface import save_policy
 from rl_jax.rewards.compose import RewardConfig, make_reward
-from rl_jax.run.folder import open_run, write_json
+from rl_jax.run.folder import check_run, open_run, write_json
 from rl_jax.run.loop import run_main
 from rl_jax.run.metrics import open_metrics
 from rl_jax.run.report import write_report
@@ -42,19 +43,24 @@ class Config:
 def main(config: Config) -> None:
     start = time.perf_counter()
     model = model_config(config.pretrain)
-    run = open_run(config.run, "experiments/pipeline.py", config, config.resume)
-    text = load_text(config.corpus, config.pretrain.vocab_size, run / "policy")
+    check_run(config.run, config, config.resume)
+    text = load_text(config.corpus, config.pretrain.vocab_size, config.run / "policy" if config.resume else None)
     reward = make_reward(config.reward, text.tokenizer)
     prompts = split_prompts(config.reinforce, text.tokenizer, text.held_out)
-    check_pretraining(config.pretrain, text)
-    check_reinforcing(config.reinforce, model, reward, prompts, text.tokenizer)
+    check_pretraining(config.pretrain, text, config.seed)
+    check_reinforcing(config.reinforce, model, reward, prompts, text.tokenizer, config.seed)
 
+    run = open_run(config.run, "experiments/pipeline.py", config, config.resume)
+    text.tokenizer.save_pretrained(run / "policy")
     writer = open_metrics(run)
     times = [time.perf_counter()]
     pretrained, summary = pretrain(config.pretrain, text, config.seed, run, writer)
+    save_policy(run / "pretrained", pretrained)
+    write_json(run / "summary.json", summary)  # for the report of a run that stops after this
     times.append(time.perf_counter())
     tuned = reinforce(config.reinforce, pretrained, reward, prompts, config.seed, run, writer)
     writer.close()
+    save_policy(run / "policy", tuned)
     times.append(time.perf_counter())
     sampling = make_sampling(config.reinforce, text.tokenizer.eos_token_id)
     compared, pairs = compare(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
@@ -27,7 +28,7 @@ from rl_jax.learner import apply_gradients, held_out_nats, init_state, make_opti
 from rl_jax.models.huggingface import Policy, save_policy
 from rl_jax.models.transformer import TransformerConfig, gpt2, init_params, llama
 from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
-from rl_jax.run.folder import open_run, write_json
+from rl_jax.run.folder import check_run, open_run, write_json
 from rl_jax.run.loop import run_main, train
 from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.report import write_report
@@ -106,14 +107,10 @@ class Text(NamedTuple):
     held_out_tokens: np.ndarray
 
 
-def load_text(corpus: str, vocab_size: int, tokenizer_folder: Path) -> Text:
-    """Read a corpus, and train its tokenizer unless `tokenizer_folder` has it already."""
+def load_text(corpus: str, vocab_size: int, saved: Path | None = None) -> Text:
+    """Read a corpus, and train its tokenizer, or read that from the folder where it was saved."""
     train_passages, held_out = split_held_out(read_passages(corpus), HELD_OUT)
-    if (tokenizer_folder / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(tokenizer_folder)
-    else:
-        tokenizer = train_tokenizer(train_passages, vocab_size)
-        tokenizer.save_pretrained(tokenizer_folder)
+    tokenizer = train_tokenizer(train_passages, vocab_size) if saved is None else load_tokenizer(saved)
     tokens, held_out_tokens = (encode_passages(tokenizer, part) for part in (train_passages, held_out))
     return Text(tokenizer, held_out, tokens, held_out_tokens)
 
@@ -129,8 +126,10 @@ def model_config(settings: Pretraining) -> TransformerConfig:
     return gpt2(*shape, **compute)
 
 
-def check(settings: Pretraining, text: Text) -> None:
+def check(settings: Pretraining, text: Text, seed: int) -> None:
     """Raise InputError for settings that cannot work, before anything is trained."""
+    if seed < 0:
+        raise InputError(f"The seed is {seed}; it must not be negative.")
     if settings.window > settings.context:
         raise InputError(f"A window of {settings.window} tokens is longer than the context of {settings.context}.")
     for name in ("steps", "batch_size", "window", "evaluate_every", "checkpoint_every"):
@@ -157,15 +156,15 @@ def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: Me
 
     def update(state: TrainState, tokens: Array) -> tuple[TrainState, Metrics]:
         grads, metrics = pretrain_gradient(state.params, tokens, config, settings.microbatches)
-        rate = schedule(state.step)
+        rate = jnp.asarray(schedule(state.step))
         state, applied = apply_gradients(state, grads, optimizer)
-        return state, metrics | applied | {"learning_rate": rate, "tokens": tokens[:, 1:].size}
+        return state, metrics | applied | {"learning_rate": rate, "tokens": jnp.asarray(tokens[:, 1:].size)}
 
     def evaluate(params: PyTree, tokens: Array, mask: Array) -> Array:
         return held_out_nats(params, tokens, mask, config)
 
-    update = pmapped(update, mesh, (None, 0), (None, None), donate=(0,))
-    evaluate = pmapped(evaluate, mesh, (None, 0, 0), None)
+    mapped_update = pmapped(update, mesh, (None, 0), (None, None), donate=(0,))
+    mapped_evaluate = pmapped(evaluate, mesh, (None, 0, 0), None)
 
     def held_out() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         return held_out_batches(text.held_out_tokens, settings.batch_size, settings.window)
@@ -174,9 +173,9 @@ def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: Me
 
     def step(state: TrainState, number: int) -> tuple[TrainState, Metrics]:
         tokens = packed_batch(text.train_tokens, settings.batch_size, settings.window, seed, number)
-        state, metrics = update(state, tokens)
+        state, metrics = mapped_update(state, tokens)
         if (number + 1) % settings.evaluate_every == 0:
-            nats = sum(evaluate(state.params, *batch) for batch in curve)
+            nats = sum(mapped_evaluate(state.params, *batch) for batch in curve)
             metrics["held_out_loss"] = nats / sum(mask.sum() for _, mask in curve)
         return state, metrics
 
@@ -194,9 +193,8 @@ def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: Me
         shown=("loss",),
     )
     close_checkpoints(checkpoints)
-    nats = sum(float(evaluate(state.params, *batch)) for batch in held_out())
+    nats = sum(float(mapped_evaluate(state.params, *batch)) for batch in held_out())
     policy = Policy(state.params, config, text.tokenizer)
-    save_policy(run / "policy", policy)
     return policy, summarise(nats, text, policy)
 
 
@@ -214,13 +212,16 @@ def summarise(nats: float, text: Text, policy: Policy) -> dict[str, float]:
 
 def main(config: Config) -> None:
     start = time.perf_counter()
-    model_config(config.pretrain)
+    model_config(config.pretrain)  # a shape that cannot be is told at once
+    check_run(config.run, config, config.resume)
+    text = load_text(config.corpus, config.pretrain.vocab_size, config.run / "policy" if config.resume else None)
+    check(config.pretrain, text, config.seed)
     run = open_run(config.run, "experiments/pretrain.py", config, config.resume)
-    text = load_text(config.corpus, config.pretrain.vocab_size, run / "policy")
-    check(config.pretrain, text)
+    text.tokenizer.save_pretrained(run / "policy")
     writer = open_metrics(run)
-    _, summary = pretrain(config.pretrain, text, config.seed, run, writer)
+    policy, summary = pretrain(config.pretrain, text, config.seed, run, writer)
     writer.close()
+    save_policy(run / "policy", policy)
     write_json(run / "summary.json", summary | {"seed": config.seed, "seconds": time.perf_counter() - start})
     print(f"{run}: held-out loss {summary['held_out_loss']:.3f} nats a token; {write_report(run)}")
 

@@ -35,7 +35,7 @@ from rl_jax.rewards.compose import Reward, RewardConfig, make_reward
 from rl_jax.rewards.text import score_texts
 from rl_jax.rollout import check_lengths, generate
 from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
-from rl_jax.run.folder import open_run, write_json
+from rl_jax.run.folder import check_run, open_run, write_json
 from rl_jax.run.loop import run_main, train
 from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.report import write_report
@@ -69,7 +69,7 @@ class Reinforcing:
     before (with a decay of 0.95), or nothing."""
     kl_coefficient: float = 0.05
     """Reward that a nat of divergence from the pretrained policy costs."""
-    normalize: Literal["token", "sequence", "completion", "constant"] = "completion"
+    normalize: Literal["token", "sequence", "completion", "constant"] = "constant"
     """What the loss is a mean of: tokens; the tokens of each completion, then completions; completions, their
     tokens summed; or completions, their tokens summed and divided by the completion length."""
     steps: int = 150
@@ -133,8 +133,12 @@ def split_prompts(settings: Reinforcing, tokenizer, passages: list[str]) -> Prom
     return Prompts((prompts[kept:], mask[kept:]), (prompts[:kept], mask[:kept]))
 
 
-def check(settings: Reinforcing, config: TransformerConfig, reward: Reward, prompts: Prompts, tokenizer) -> None:
+def check(
+    settings: Reinforcing, config: TransformerConfig, reward: Reward, prompts: Prompts, tokenizer, seed: int
+) -> None:
     """Raise InputError for settings that cannot work, before anything is trained."""
+    if seed < 0:
+        raise InputError(f"The seed is {seed}; it must not be negative.")
     for name in ("prompts", "group_size", "prompt_length", "completion_length", "steps", "checkpoint_every"):
         if getattr(settings, name) < 1:
             raise InputError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
@@ -193,7 +197,7 @@ def reinforce(
         state: TrainState, ref_params: PyTree, rollout: Rollout, text_rewards: Array
     ) -> tuple[TrainState, Metrics]:
         rewards = text_rewards if reward.on_tokens is None else text_rewards + reward.on_tokens(rollout)
-        rate = schedule(state.step)
+        rate = jnp.asarray(schedule(state.step))
         state, metrics = reinforce_update(
             state,
             ref_params,
@@ -213,19 +217,19 @@ def reinforce(
         rollout = sample(state.params, key, prompts, mask)
         return learn(state, ref_params, rollout, jnp.zeros(len(rollout.completions)))
 
-    sample_only = pmapped(sample, mesh, (None, None, 0, 0), 0)
-    learn_only = pmapped(learn, mesh, (None, None, 0, 0), (None, None), donate=(0,))
-    together = pmapped(sample_and_learn, mesh, (None, None, None, 0, 0), (None, None), donate=(0,))
+    mapped_sample = pmapped(sample, mesh, (None, None, 0, 0), 0)
+    mapped_learn = pmapped(learn, mesh, (None, None, 0, 0), (None, None), donate=(0,))
+    mapped_step = pmapped(sample_and_learn, mesh, (None, None, None, 0, 0), (None, None), donate=(0,))
 
     def step(state: TrainState, number: int) -> tuple[TrainState, Metrics]:
         key = step_key(seed, Purpose.SAMPLE, number)
         batch = prompt_batch(*prompts.train, settings.prompts, seed, number)
         if reward.on_text is None:
-            return together(state, ref_params, key, *batch)
-        rollout = sample_only(state.params, key, *batch)
+            return mapped_step(state, ref_params, key, *batch)
+        rollout = mapped_sample(state.params, key, *batch)
         texts = decode_completions(tokenizer, rollout.completions, rollout.completion_mask)
         asked = decode_completions(tokenizer, rollout.prompts, rollout.prompt_mask)
-        return learn_only(state, ref_params, rollout, score_texts(reward.on_text, asked, texts))
+        return mapped_learn(state, ref_params, rollout, score_texts(reward.on_text, asked, texts))
 
     ref_params = put(policy.params, mesh)
     state = put(init_state(policy.params, optimizer), mesh)
@@ -243,22 +247,22 @@ def reinforce(
         shown=("reward", "kl"),
     )
     close_checkpoints(checkpoints)
-    tuned = Policy(state.params, config, tokenizer)
-    save_policy(run / "policy", tuned)
-    return tuned
+    return Policy(state.params, config, tokenizer)
 
 
 def main(config: Config) -> None:
     start = time.perf_counter()
+    check_run(config.run, config, config.resume)
     policy = load_policy(config.policy)
     reward = make_reward(config.reward, policy.tokenizer)
     _, passages = split_held_out(read_passages(config.corpus), HELD_OUT)
     prompts = split_prompts(config.reinforce, policy.tokenizer, passages)
-    check(config.reinforce, policy.config, reward, prompts, policy.tokenizer)
+    check(config.reinforce, policy.config, reward, prompts, policy.tokenizer, config.seed)
     run = open_run(config.run, "experiments/reinforce.py", config, config.resume)
     writer = open_metrics(run)
     tuned = reinforce(config.reinforce, policy, reward, prompts, config.seed, run, writer)
     writer.close()
+    save_policy(run / "policy", tuned)
     sampling = make_sampling(config.reinforce, policy.tokenizer.eos_token_id)
     summary, pairs = compare(config.reinforce.compare, policy, tuned, reward, prompts.held_out, sampling, config.seed)
     write_json(run / "completions.json", {"pairs": pairs})

@@ -73,7 +73,7 @@ def apply_gradients(
         The state after, its step one higher either way, and metrics: grad_norm (global L2, before clipping) and
         nonfinite (consecutive updates skipped).
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -162,7 +162,8 @@ def reinforce_update(
 
     Returns:
         The state after, and metrics: those of `reinforce_gradient` and `apply_gradients`; reward and reward_std;
-        kl_k1 (nats a completion); length (tokens); truncated (share of completions); zero_signal_groups (share of groups); tokens (sampled in all).
+        kl_k1 (nats a completion); length (tokens); truncated (share of completions); zero_signal_groups (share of
+        groups); tokens (sampled in all).
     """
     mask = rollout.completion_mask
     ref_states = completion_states(ref_params, rollout, config)

@@ -17,6 +17,6 @@ def masked_mean(values: Array, mask: Array, axis: int | tuple[int, ...] | None =
 
 def masked_var(values: Array, mask: Array, axis: int | tuple[int, ...] | None = None) -> Array:
     """Population variance (denominator: the count of true positions); 0 where there is none."""
-    count = jnp.maximum(jnp.sum(mask, axis=axis, keepdims=True), 1)
-    mean = jnp.sum(jnp.where(mask, values, 0), axis=axis, keepdims=True) / count
+    values = jnp.where(mask, values, 0)  # before they are squared: a masked NaN would reach the gradient
+    mean = jnp.sum(values, axis=axis, keepdims=True) / jnp.maximum(jnp.sum(mask, axis=axis, keepdims=True), 1)
     return masked_mean(jnp.square(values - mean), mask, axis)

@@ -101,22 +101,24 @@ def draw(logits: Array, uniforms: Array) -> tuple[Array, Array]:
     block = 1 << max((vocab - 1).bit_length() // 2, 1)
     highest = jnp.max(logits, axis=-1, keepdims=True)
     masses = jnp.pad(jnp.exp(logits - highest), ((0, 0), (0, -vocab % block))).reshape(rows, -1, block)
-    coarse = jnp.cumsum(jnp.sum(masses, axis=-1), axis=-1)
-    total = coarse[:, -1]
-    chosen, below = _invert(coarse, uniforms * total)
-    inner = jnp.cumsum(jnp.take_along_axis(masses, chosen[:, None, None], axis=1)[:, 0], axis=-1)
+    blocks = jnp.sum(masses, axis=-1)
+    total = jnp.sum(blocks, axis=-1)
+    chosen, below = _invert(blocks, uniforms * total)
+    inner = jnp.take_along_axis(masses, chosen[:, None, None], axis=1)[:, 0]
     offset, _ = _invert(inner, uniforms * total - below)
     tokens = chosen * block + offset
     picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, picked - highest[:, 0] - jnp.log(total)
 
 
-def _invert(cumulative: Array, target: Array) -> tuple[Array, Array]:
-    """First index [B] whose cumulative mass [B, n] is above the target [B], and the mass before it.
+def _invert(masses: Array, target: Array) -> tuple[Array, Array]:
+    """First index [B] with mass of its own whose cumulative mass is above the target [B], and the mass before it.
 
-    The target is first brought into the range where that index has mass of its own, whatever was rounded.
+    A parallel sum is not monotone to the last bit, so the cumulative masses alone could lead to an index of no mass.
     """
-    target = jnp.clip(target, 0.0, jnp.nextafter(cumulative[:, -1], jnp.zeros_like(target)))
-    index = jnp.sum(cumulative <= target[:, None], axis=-1, dtype=jnp.int32)
+    cumulative = jnp.cumsum(masses, axis=-1)
+    reached = jnp.where(masses > 0, cumulative, 0.0)
+    target = jnp.clip(target, 0.0, jnp.nextafter(jnp.max(reached, axis=-1), jnp.zeros_like(target)))
+    index = jnp.argmax(reached > target[:, None], axis=-1).astype(jnp.int32)
     before = jnp.take_along_axis(cumulative, jnp.maximum(index - 1, 0)[:, None], axis=-1)[:, 0]
     return index, jnp.where(index > 0, before, 0.0)

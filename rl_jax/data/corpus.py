@@ -51,12 +51,17 @@ def read_passages(source: str) -> list[str]:
 
 
 def split_passages(text: str, characters: int = PASSAGE_CHARACTERS) -> list[str]:
-    """Cuts a text at its blank lines, and long paragraphs at sentence ends, into passages of about `characters`.
+    """Cuts a text at its blank lines and `END_OF_TEXT` marks, and long paragraphs at sentence ends.
 
     A paragraph longer than 3/2 `characters` is cut at the first sentence end after 3/4 of them; where there is
-    none before 3/2, at a line end, at a space, or in the middle of a word. Nothing but the white space at the
-    cuts is left out.
+    none before 3/2, at a line end, at a space, or in the middle of a word. Nothing but the marks and the white
+    space at the cuts is left out.
+
+    Raises:
+        InputError: `characters` is not positive.
     """
+    if characters < 1:
+        raise InputError(f"passages of {characters} characters: give at least 1")
     paragraphs = PARAGRAPH_END.split(text)
     passages = (passage.strip() for paragraph in paragraphs for passage in _cut(paragraph, characters))
     return [passage for passage in passages if passage]

@@ -13,10 +13,10 @@ from rl_jax.errors import InputError
 def passage_openings(
     tokenizer: PreTrainedTokenizerBase, passages: Sequence[str], prompt_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first P = `prompt_length` tokens of every passage that is longer than that.
+    """The opening of every passage longer than P = `prompt_length` tokens: its first P, back to the end of a word.
 
     Returns:
-        Prompts int32 [M, P] and their mask bool [M, P], true throughout.
+        Prompts int32 [M, P], left-padded with the end-of-sequence id, and their mask bool [M, P].
 
     Raises:
         InputError: `prompt_length` is not positive, or no passage is longer.
@@ -24,14 +24,18 @@ def passage_openings(
     if prompt_length < 1:
         raise InputError(f"a prompt of {prompt_length} tokens: give at least 1")
     rows = encode_texts(tokenizer, passages)
-    openings = [ids[:prompt_length] for ids in rows if len(ids) > prompt_length]
-    if not openings:
+    longer = [ids[: prompt_length + 1] for ids in rows if len(ids) > prompt_length]
+    if not longer:
         raise InputError(
             f"no passage is longer than a prompt of {prompt_length} tokens (the longest has "
             f"{max(map(len, rows), default=0)}): give a shorter prompt length or longer passages"
         )
-    prompts = np.stack(openings)
-    return prompts, np.ones(prompts.shape, bool)
+    tokens = np.stack(longer)
+    ids, places = np.unique(tokens, return_inverse=True)
+    begins = np.array([text[:1].isspace() for text in tokenizer.batch_decode(ids[:, None].tolist())])
+    begins = begins[places].reshape(tokens.shape)[:, 1:]
+    lengths = np.where(begins.any(axis=1), prompt_length - np.argmax(begins[:, ::-1], axis=1), prompt_length)
+    return _left_padded([row[:length] for row, length in zip(longer, lengths, strict=True)], prompt_length, tokenizer)
 
 
 def encode_prompts(
@@ -56,12 +60,7 @@ def encode_prompts(
                 f"the prompt {_shortened(text)!r} has {len(ids)} tokens; with a completion of "
                 f"{completion_length} the context of {context} leaves room for {context - completion_length}"
             )
-    lengths = np.asarray([len(ids) for ids in rows])
-    width = lengths.max()
-    mask = np.arange(width) >= width - lengths[:, None]
-    prompts = np.full(mask.shape, tokenizer.eos_token_id or 0, np.int32)
-    prompts[mask] = np.concatenate(rows)
-    return prompts, mask
+    return _left_padded(rows, max(map(len, rows)), tokenizer)
 
 
 def prompt_batch(
@@ -106,9 +105,21 @@ def decode_completions(
     """
     tokens = np.asarray(completions)
     kept = np.asarray(completion_mask) & (tokens != tokenizer.eos_token_id)
-    rows = [row[keep].tolist() for row, keep in zip(tokens, kept, strict=True)]
-    return tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
+    return [
+        str(tokenizer.decode(row[keep].tolist(), clean_up_tokenization_spaces=False))
+        for row, keep in zip(tokens, kept, strict=True)
+    ]
 
 
 def _shortened(text: str, characters: int = 60) -> str:
     return text if len(text) <= characters else text[:characters] + "..."
+
+
+def _left_padded(
+    rows: Sequence[np.ndarray] | Sequence[list[int]], width: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of token ids as int32 [N, width], padded with the end-of-sequence id, and their mask bool [N, width]."""
+    mask = np.arange(width) >= width - np.array([[len(row)] for row in rows])
+    prompts = np.full(mask.shape, tokenizer.eos_token_id or 0, np.int32)
+    prompts[mask] = np.concatenate(rows)
+    return prompts, mask

@@ -92,5 +92,5 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list
         text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
         whole = text if end == len(ids) else text.rstrip("\ufffd")
         pieces.append(whole[shown:])
-        shown = max(shown, len(whole))
+        shown = len(whole)
     return pieces

@@ -106,7 +106,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], config: TransformerConfig) -
     Raises:
         InputError: a tensor is missing or has another shape than the configuration says.
     """
-    expected = flatten_dict(jax.eval_shape(lambda: init_params(jax.random.key(0), config)), sep="/")
+    expected: dict[str, Any] = flatten_dict(jax.eval_shape(lambda: init_params(jax.random.key(0), config)), sep="/")
     is_gpt2 = family(config) == "gpt2"
     names = dict(_pairs(config))
     flat = {}
@@ -119,11 +119,13 @@ def from_tensors(tensors: Mapping[str, np.ndarray], config: TransformerConfig) -
         value = tensors.get(name, tensors.get(f"transformer.{name}"))
         if value is None:
             raise InputError(f"The model's weights lack the tensor {name}, which its config.json asks for.")
+        shape = (*wanted.shape[:-1], 3 * wanted.shape[-1]) if fused else wanted.shape
+        shape = shape[::-1] if leaf == "kernel" and not is_gpt2 else shape
+        if value.shape != shape:
+            raise InputError(f"The tensor {name} has shape {value.shape}; its config.json asks for {shape}.")
         if fused:
             value = np.split(value, 3, axis=-1)[("query", "key", "value").index(part)]
         value = value.T if leaf == "kernel" and not is_gpt2 else value
-        if value.shape != wanted.shape:
-            raise InputError(f"The tensor {name} has shape {value.shape}; its config.json asks for {wanted.shape}.")
         flat[path] = jnp.array(value, jnp.float32)
     return unflatten_dict(flat, sep="/")
 
@@ -178,6 +180,9 @@ def from_settings(settings: Mapping[str, Any]) -> TransformerConfig:
 
 def _from_gpt2(settings: Mapping[str, Any]) -> TransformerConfig:
     _require(settings, "activation_function", "gelu_new")
+    _require(settings, "tie_word_embeddings", True)
+    _require(settings, "scale_attn_weights", True)
+    _require(settings, "scale_attn_by_inverse_layer_idx", False)
     shape = [settings[name] for name in ("vocab_size", "n_positions", "n_layer", "n_embd", "n_head")]
     epsilon = settings.get("layer_norm_epsilon", 1e-5)
     return gpt2(*shape, norm_epsilon=epsilon, mlp_width=settings.get("n_inner") or 4 * settings["n_embd"])
@@ -186,13 +191,20 @@ def _from_gpt2(settings: Mapping[str, Any]) -> TransformerConfig:
 def _from_llama(settings: Mapping[str, Any]) -> TransformerConfig:
     _require(settings, "hidden_act", "silu")
     _require(settings, "attention_bias", False)
+    _require(settings, "mlp_bias", False)
     _require(settings, "use_sliding_window", False)
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     _require(rope, "rope_type", "default")
+    _require(rope, "type", "default")  # its name in older files
+    _require(rope, "partial_rotary_factor", 1.0)
     heads, width = settings["num_attention_heads"], settings["hidden_size"]
-    shape = [settings[name] for name in ("vocab_size", "max_position_embeddings", "num_hidden_layers")]
+    vocab_size, context, layers = (
+        settings[name] for name in ("vocab_size", "max_position_embeddings", "num_hidden_layers")
+    )
     return llama(
-        *shape,
+        vocab_size,
+        context,
+        layers,
         width,
         heads,
         kv_heads=settings.get("num_key_value_heads") or heads,
@@ -213,9 +225,9 @@ def _require(settings: Mapping[str, Any], name: str, value: Any) -> None:
 
 def save_policy(folder: Path, policy: Policy) -> None:
     """Write a policy so that `transformers` and `load_policy` read it."""
+    settings = to_settings(policy.config, policy.tokenizer.eos_token_id)
     folder.mkdir(parents=True, exist_ok=True)
     policy.tokenizer.save_pretrained(folder)
-    settings = to_settings(policy.config, policy.tokenizer.eos_token_id)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     save_file(to_tensors(policy.params, policy.config), folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -231,15 +243,18 @@ def load_policy(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32",
     Raises:
         InputError: the folder is not a policy, or one of a kind that is not supported.
     """
-    from transformers import AutoTokenizer  # slow to import
+    from rl_jax.data.tokenizer import load_tokenizer  # slow to import
 
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} is not a policy: it has no {name}. Give the policy folder of a run.")
-    config = from_settings(json.loads((folder / "config.json").read_text("utf-8")))
-    config = dataclasses.replace(config, dtype=dtype, remat=remat)
+    try:
+        settings = json.loads((folder / "config.json").read_text("utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise InputError(f"{folder / 'config.json'} cannot be read ({error}); copy or train it again.") from error
+    config = dataclasses.replace(from_settings(settings), dtype=dtype, remat=remat)
     try:
         tensors = load_file(folder / "model.safetensors")
     except SafetensorError as error:
         raise InputError(f"{folder / 'model.safetensors'} cannot be read ({error}); copy or train it again.") from error
-    return Policy(from_tensors(tensors, config), config, AutoTokenizer.from_pretrained(folder))
+    return Policy(from_tensors(tensors, config), config, load_tokenizer(folder))

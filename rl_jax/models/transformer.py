@@ -82,14 +82,15 @@ def gpt2(vocab_size: int, context: int, layers: int, width: int, heads: int, **c
     """GPT-2 (Radford 2019): learned positions, LayerNorm, GELU, biases, tied embeddings."""
     settings: dict[str, Any] = {"positions": "learned", "norm": "layer", "mlp": "gelu", "bias": True, "qkv_bias": True}
     size = _head_size(width, heads)
-    settings = {"kv_heads": heads, "head_size": size, "mlp_width": 4 * width} | settings | changes
+    settings |= {"kv_heads": heads, "head_size": size, "mlp_width": 4 * width} | changes
     return TransformerConfig(vocab_size, context, layers, width, heads, **settings)
 
 
 def llama(vocab_size: int, context: int, layers: int, width: int, heads: int, **changes: Any) -> TransformerConfig:
     """Llama (Touvron 2023): RoPE, RMSNorm, SwiGLU of 8/3 the width, no biases, grouped-query attention on request."""
     size = _head_size(width, heads)
-    settings = {"kv_heads": heads, "head_size": size, "mlp_width": -(-8 * width // 3 // 32) * 32} | changes
+    settings: dict[str, Any] = {"kv_heads": heads, "head_size": size, "mlp_width": -(-8 * width // 3 // 32) * 32}
+    settings |= changes
     return TransformerConfig(vocab_size, context, layers, width, heads, **settings)
 
 
@@ -153,13 +154,15 @@ def attend(query: Array, keys: Array, values: Array, mask: Array) -> Array:
     return jnp.einsum("bjgst,bjtk->bsjgk", weights, values).reshape(b, s, h, k)
 
 
+Slot = tuple[Array, Array, Array]
+"""A layer's cached keys and values [B, J, T, K], and the column that new ones are written to, int32 []."""
+
+
 class Attention(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(
-        self, x: Array, positions: Array, mask: Array, cached: tuple[Array, Array] | None, index: Array | None
-    ) -> tuple[Array, tuple[Array, Array]]:
+    def __call__(self, x: Array, positions: Array, mask: Array, slot: Slot | None) -> tuple[Array, tuple[Array, Array]]:
         c = self.config
         b, s, _ = x.shape
         heads = {"query": c.heads, "key": c.kv_heads, "value": c.kv_heads}
@@ -172,9 +175,10 @@ class Attention(nn.Module):
         if c.positions == "rotary":
             query, key = rotate(query, positions, c.rope_theta), rotate(key, positions, c.rope_theta)
         keys, values = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-        if cached is not None:
-            keys = jax.lax.dynamic_update_slice_in_dim(cached[0], keys, index, axis=2)
-            values = jax.lax.dynamic_update_slice_in_dim(cached[1], values, index, axis=2)
+        if slot is not None:
+            old_keys, old_values, index = slot
+            keys = jax.lax.dynamic_update_slice_in_dim(old_keys, keys, index, axis=2)
+            values = jax.lax.dynamic_update_slice_in_dim(old_values, values, index, axis=2)
         mixed = attend(query, keys, values, mask).reshape(b, s, c.heads * c.head_size)
         out = _dense(c, c.width, "out", c.bias, INIT_STD / (2 * c.layers) ** 0.5)
         return out(mixed), (keys, values)
@@ -198,12 +202,10 @@ class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(
-        self, x: Array, positions: Array, mask: Array, cached: tuple[Array, Array] | None, index: Array | None
-    ) -> tuple[Array, tuple[Array, Array]]:
+    def __call__(self, x: Array, positions: Array, mask: Array, slot: Slot | None) -> tuple[Array, tuple[Array, Array]]:
         c = self.config
         normed = _norm(c, "attention_norm")(x).astype(c.dtype)
-        mixed, kept = Attention(c, name="attention")(normed, positions, mask, cached, index)
+        mixed, kept = Attention(c, name="attention")(normed, positions, mask, slot)
         x = x + mixed
         return x + Mlp(c, name="mlp")(_norm(c, "mlp_norm")(x).astype(c.dtype)), kept
 
@@ -226,8 +228,8 @@ class Transformer(nn.Module):
             self.output = _dense(c, c.vocab_size, "output", bias=False)
 
     def __call__(
-        self, tokens: Array, positions: Array, mask: Array, cache: Cache | None = None, index: Array | None = None
-    ) -> tuple[Array, tuple[Any, ...]]:
+        self, tokens: Array, positions: Array, mask: Array, slots: tuple[Slot | None, ...] | None = None
+    ) -> tuple[Array, tuple[tuple[Array, Array], ...]]:
         """States [B, S, D] after the final norm, and the keys and values of each layer."""
         c = self.config
         x = self.embedding(tokens)
@@ -235,9 +237,8 @@ class Transformer(nn.Module):
             x = x + self.position_embedding(positions)
         x = x.astype(c.dtype)
         kept = []
-        for layer, block in enumerate(self.blocks):
-            cached = None if cache is None else (cache.keys[layer], cache.values[layer])
-            x, pair = block(x, positions, mask, cached, index)
+        for block, slot in zip(self.blocks, slots or (None,) * c.layers, strict=True):
+            x, pair = block(x, positions, mask, slot)
             kept.append(pair)
         if self.is_initializing() and not c.tied:
             self.output(x)
@@ -276,13 +277,12 @@ def hidden_states(params: PyTree, tokens: Array, mask: Array, config: Transforme
     """
     chex.assert_rank([tokens, mask], 2)
     chex.assert_equal_shape([tokens, mask])
-    states, _ = Transformer(config).apply({"params": params}, tokens, token_positions(mask), _causal(mask))
-    return states
+    return _apply(params, config, tokens, token_positions(mask), _causal(mask))[0]
 
 
 def logits(params: PyTree, states: Array, config: TransformerConfig) -> Array:
     """Logits of the next token. [..., D] -> float32 [..., V]."""
-    return Transformer(config).apply({"params": params}, states, method="unembed")
+    return _apply(params, config, states, method="unembed")
 
 
 def prefill(params: PyTree, tokens: Array, mask: Array, config: TransformerConfig, columns: int) -> tuple[Array, Cache]:
@@ -299,8 +299,8 @@ def prefill(params: PyTree, tokens: Array, mask: Array, config: TransformerConfi
         The state [B, D] that predicts the first completion token, and the cache.
     """
     room = columns - tokens.shape[1]
-    states, kept = Transformer(config).apply({"params": params}, tokens, token_positions(mask), _causal(mask))
-    grown = [tuple(jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))) for x in pair) for pair in kept]
+    states, kept = _apply(params, config, tokens, token_positions(mask), _causal(mask))
+    grown = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))), kept)
     keys, values = zip(*grown, strict=True)
     return states[:, -1], Cache(keys, values, jnp.pad(mask, ((0, 0), (0, room)), constant_values=True))
 
@@ -322,11 +322,14 @@ def decode_step(
     """
     seen = cache.mask & (jnp.arange(cache.mask.shape[1]) <= index)[None, :]
     positions = jnp.sum(seen, axis=1, dtype=jnp.int32)[:, None] - 1
-    states, kept = Transformer(config).apply(
-        {"params": params}, tokens[:, None], positions, seen[:, None, :], cache, index
-    )
+    slots = tuple((keys, values, index) for keys, values in zip(cache.keys, cache.values, strict=True))
+    states, kept = _apply(params, config, tokens[:, None], positions, seen[:, None, :], slots)
     keys, values = zip(*kept, strict=True)
     return states[:, 0], Cache(keys, values, cache.mask)
+
+
+def _apply(params: PyTree, config: TransformerConfig, *args: Any, method: str = "__call__") -> Any:
+    return Transformer(config).apply({"params": params}, *args, method=method)
 
 
 def _causal(mask: Array) -> Array:

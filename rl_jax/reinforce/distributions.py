@@ -24,8 +24,7 @@ def token_logprobs(logits: Array, tokens: Array) -> Array:
 def entropy(logits: Array) -> Array:
     """Entropy of the distribution. [..., V] -> [...]."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
-    probabilities = jnp.exp(logprobs)
-    return -jnp.sum(jnp.where(probabilities > 0, probabilities * logprobs, 0.0), axis=-1)
+    return -_expectation(logprobs, logprobs)
 
 
 def exact_kl(logits: Array, ref_logits: Array) -> Array:
@@ -36,8 +35,7 @@ def exact_kl(logits: Array, ref_logits: Array) -> Array:
     """
     chex.assert_equal_shape([logits, ref_logits])
     logprobs, ref_logprobs = jax.nn.log_softmax(logits, axis=-1), jax.nn.log_softmax(ref_logits, axis=-1)
-    probabilities = jnp.exp(logprobs)
-    return jnp.sum(jnp.where(probabilities > 0, probabilities * (logprobs - ref_logprobs), 0.0), axis=-1)
+    return _expectation(logprobs, logprobs - ref_logprobs)
 
 
 def kl_estimate(logprobs: Array, ref_logprobs: Array, kind: KLKind) -> Array:
@@ -65,3 +63,9 @@ def kl_estimate(logprobs: Array, ref_logprobs: Array, kind: KLKind) -> Array:
     if kind == "k3":
         return jnp.exp(log_ratio) - 1 - log_ratio
     raise ValueError(f"kind is k1, k2 or k3, not {kind!r}.")
+
+
+def _expectation(logprobs: Array, values: Array) -> Array:
+    """Mean of values over the vocabulary, those of impossible tokens set aside first, so that gradients are finite."""
+    probabilities = jnp.exp(logprobs)
+    return jnp.sum(probabilities * jnp.where(probabilities > 0, values, 0.0), axis=-1)

@@ -61,7 +61,7 @@ def reinforce_gradient(
         changed since it sampled, what the sampler and the learner disagree by).
     """
     chex.assert_rank(advantages, {1, 2})
-    chex.assert_equal_shape_prefix([advantages, rollout.completion_mask], 1)
+    chex.assert_equal_shape_prefix([advantages, rollout.completion_mask], advantages.ndim)
     mask = rollout.completion_mask
     batch = _Batch(
         rollout,

@@ -57,6 +57,7 @@ def reinforce_loss(logprobs: Array, advantages: Array, weights: Array) -> tuple[
     """
     chex.assert_rank([logprobs, advantages, weights], [2, {1, 2}, 2])
     chex.assert_equal_shape([logprobs, weights])
+    chex.assert_equal_shape_prefix([logprobs, advantages], advantages.ndim)
     by_token = advantages[:, None] if advantages.ndim == 1 else advantages
     loss = -masked_sum(weights * by_token * logprobs, weights > 0)
     return loss, {"loss": loss}

@@ -5,7 +5,7 @@ stored with the arrays, and a checkpoint that does not match its fingerprints is
 """
 
 import json
-import math
+import logging
 import os
 import shutil
 import warnings
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from rl_jax.errors import InputError
 from rl_jax.run.folder import describe_differences, differences, jsonable
-from rl_jax.types import Array, PyTree, TrainState
+from rl_jax.run.spmd import fingerprint
+from rl_jax.types import PyTree, TrainState
 
 if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
@@ -43,9 +43,9 @@ def open_checkpoints(folder: str | Path, config: dict[str, Any], keep: int = 2) 
         keep: how many of the newest are kept.
     """
     import orbax.checkpoint as ocp
-    from absl import logging
 
-    logging.set_verbosity(logging.FATAL)  # what goes wrong is raised or warned of below
+    for name in ("absl", "asyncio"):  # Orbax's: what goes wrong is raised, or warned of below
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
     return Checkpoints(ocp.CheckpointManager(Path(folder).absolute(), options=options), jsonable(config))
 
@@ -92,7 +92,7 @@ def restore_checkpoint(checkpoints: Checkpoints, like: TrainState) -> TrainState
         except InputError:
             raise
         except Exception as error:  # reading a damaged file may raise anything
-            unreadable[step] = f"{str(error).strip() or type(error).__name__}".splitlines()[0][:160]
+            unreadable[step] = " ".join(str(error).split())[:120] or type(error).__name__
             continue
         for other, reason in unreadable.items():
             warnings.warn(
@@ -119,19 +119,6 @@ def wait_for_checkpoints(checkpoints: Checkpoints) -> None:
 def close_checkpoints(checkpoints: Checkpoints) -> None:
     """Waits until what is being written is on disk, and lets go of the folder."""
     checkpoints.manager.close()
-
-
-@jax.jit
-def fingerprint(values: Array) -> Array:
-    """A number that tells an array from a damaged copy: sum_i (2 i + 1) bits_i modulo 2^32. uint32 [].
-
-    An odd factor is invertible modulo 2^32, so a change within one element never goes unseen; other changes do
-    with a chance of about 2^-32. The sum is one of integers, so it is the same however the array is laid over devices.
-    """
-    values = values.astype(jnp.uint8) if values.dtype == jnp.bool_ else values
-    words = jax.lax.bitcast_convert_type(values, jnp.dtype(f"uint{8 * min(values.dtype.itemsize, 4)}"))
-    places = jax.lax.iota(jnp.uint32, math.prod(words.shape)).reshape(words.shape)
-    return jnp.sum(words.astype(jnp.uint32) * (2 * places + 1), dtype=jnp.uint32)
 
 
 def _fingerprints(state: PyTree, config: dict[str, Any]) -> dict[str, int]:

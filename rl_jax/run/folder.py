@@ -12,35 +12,48 @@ from rl_jax.errors import InputError
 from rl_jax.run.metrics import describe_device, versions
 
 
-def open_run(
-    folder: str | Path, script: str, config: Any, resume: bool, may_differ: Collection[str] = ("resume",)
-) -> Path:
-    """Makes the folder of a new run, or checks that a run to be resumed is the one that made it; writes config.json.
+def check_run(folder: str | Path, config: Any, resume: bool, may_differ: Collection[str] = ("resume",)) -> None:
+    """Checks that a new run's folder is free, or that the run to be resumed is the one in it; writes nothing.
 
     Args:
         folder: the run's folder.
-        script: the script that runs, such as "experiments/pipeline.py".
         config: its settings, a dataclass.
         resume: whether the run continues one that is there.
-        may_differ: settings that a resumed run may change, in dotted names ("resume", "rl.steps").
-
-    Returns:
-        The folder.
+        may_differ: settings that a resumed run may change, in dotted names ("resume", "reinforce.steps").
 
     Raises:
         InputError: a new run's folder is taken, or the run to resume is missing or was made with other settings.
     """
     folder = Path(folder)
-    settings = jsonable(config)
     if resume:
-        _check_same_run(folder, settings, may_differ)
+        _check_same_run(folder, jsonable(config), may_differ)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists; give another --run, remove it, or continue it with --resume.")
+
+
+def open_run(
+    folder: str | Path, script: str, config: Any, resume: bool, may_differ: Collection[str] = ("resume",)
+) -> Path:
+    """Makes the folder of a run that `check_run` accepts, and writes its config.json.
+
+    Args:
+        folder: as for `check_run`, and so are the others.
+        script: the script that runs, such as "experiments/pipeline.py".
+        config: its settings.
+        resume: whether it continues.
+        may_differ: settings that may differ then.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: as `check_run`.
+    """
+    check_run(folder, config, resume, may_differ)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / "config.json",
-        {"script": script, "config": settings, "device": describe_device(), "versions": versions()},
-    )
+    about = {"script": script, "config": jsonable(config), "device": describe_device(), "versions": versions()}
+    write_json(folder / "config.json", about)
     return folder
 
 

@@ -4,15 +4,15 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GRACE = 2.0  # seconds that Python has to act on a second signal, before the process is ended from outside it
+GRACE = 1.0  # seconds that Python has to act on a second signal, before the process is ended from outside it
 
 
 @contextlib.contextmanager
-def stop_requests(say: Callable[[str], None]) -> Iterator[threading.Event]:
+def stop_requests(say: Callable[[str], None]) -> Generator[threading.Event]:
     """Within the context, a first SIGINT or SIGTERM sets the event that is yielded and a second ends the work at once.
 
     The second raises KeyboardInterrupt. Python runs no handler while XLA compiles, which may take minutes; a thread

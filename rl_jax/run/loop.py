@@ -1,5 +1,6 @@
 """The loop round the mathematics: progress, metrics, checkpoints, interruption. It knows no model and no algorithm."""
 
+import os
 import sys
 import time
 import warnings
@@ -47,8 +48,9 @@ def train(
 
     Args:
         step_fn: (state, step) -> (state, metrics): one update, and scalars by name. Of these "tokens", the number of
-            tokens that the step processed, is written as "tokens_per_second" (except for the first
-            step, which compiles); "nonfinite", if there, is the number of updates in a row that were skipped.
+            tokens that the step processed, is written as "tokens_per_second" by the time from one step to the next
+            (null for the first step, which compiles, and for the last); "nonfinite", if there, is the number of
+            updates in a row that were skipped.
         state: where to start. It may be donated.
         stage: "pretrain", "rl": the stage's name in the metrics.
         steps: the step to end at.
@@ -73,7 +75,7 @@ def train(
         raise InputError(f"checkpoint_every is {checkpoint_every}; it must be at least 1.")
 
     with show_progress(stage, start, steps) as progress, stop_requests(progress.say) as stop:
-        record = _recorder(stage, steps, writer, checkpoints, progress, shown)
+        record = _recorder(stage, writer, checkpoints, progress, shown)
         metrics: Mapping[str, Any] | None = None
         step = start
         while step < steps and not stop.is_set():
@@ -85,7 +87,7 @@ def train(
             if step % checkpoint_every == 0 and step < steps and not int(state.nonfinite):
                 save_checkpoint(checkpoints, state)
         if metrics is not None:
-            record(step - 1, metrics)
+            record(step - 1, metrics, last=True)
             save_checkpoint(checkpoints, state)
             wait_for_checkpoints(checkpoints)
     if stop.is_set():
@@ -111,31 +113,32 @@ def run_main(main: Callable[[Any], None], config_class: type, args: Sequence[str
     except Interrupted as error:
         _exit(130, str(error))
     except KeyboardInterrupt:
-        _exit(130, "Stopped.")
+        _print("Stopped.")
+        sys.stdout.flush()
+        os._exit(130)  # sys.exit would first wait for XLA to finish a compilation
     sys.exit(0)
 
 
 def _recorder(
     stage: str,
-    steps: int,
     writer: MetricsWriter,
     checkpoints: Checkpoints,
     progress: Progress,
     shown: Sequence[str],
-) -> Callable[[int, Mapping[str, Any]], None]:
-    """Returns `record(step, metrics)`, which fetches the metrics of a step, writes and shows them, and judges them."""
+) -> Callable[..., None]:
+    """Returns `record(step, metrics, last=False)`, which fetches a step's metrics, writes, shows and judges them."""
     before: float | None = None  # the time at which the step before was done
 
-    def record(step: int, metrics: Mapping[str, Any]) -> None:
+    def record(step: int, metrics: Mapping[str, Any], last: bool = False) -> None:
         nonlocal before
-        row = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        row: dict[str, float | None] = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         tokens, now = row.pop("tokens", None), time.perf_counter()
-        if tokens is not None and before is not None:
-            row["tokens_per_second"] = tokens / (now - before)
+        if tokens is not None:
+            row["tokens_per_second"] = None if before is None or last else tokens / (now - before)
         before = now
         writer.write(stage, step, row)
-        progress.show(step + 1, {name: row[name] for name in shown if name in row})
-        if skipped := int(row.get("nonfinite", 0)):
+        progress.show(step + 1, {name: row.get(name) for name in shown})
+        if skipped := int(row.get("nonfinite") or 0):
             progress.say(f"{stage} step {step}: the update was not finite and was skipped ({skipped} in a row).")
         if skipped >= NONFINITE_LIMIT:
             raise RunFailed(_failure(stage, step, checkpoints))
@@ -154,7 +157,11 @@ def _failure(stage: str, step: int, checkpoints: Checkpoints) -> str:
 
 
 def _exit(code: int, message: str, style: str = "") -> NoReturn:
+    _print(message, style)
+    sys.exit(code)
+
+
+def _print(message: str, style: str = "") -> None:
     from rich.console import Console
 
     Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(message, style=style)
-    sys.exit(code)

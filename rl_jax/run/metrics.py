@@ -24,13 +24,14 @@ class MetricsWriter(NamedTuple):
     rows: TextIO
     events: "SummaryWriter"
 
-    def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one row, and flushes it: a killed run loses none. NaN and infinities become null."""
-        finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+    def write(self, stage: str, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Writes one row, and flushes it: a killed run loses none. NaN, infinities and None become null."""
+        known = {name: float(value) for name, value in metrics.items() if value is not None}
+        finite = {name: known[name] if math.isfinite(known.get(name, math.nan)) else None for name in metrics}
         self.rows.write(json.dumps({"stage": stage, "step": step, **finite}) + "\n")
         self.rows.flush()
-        for name, value in metrics.items():
-            self.events.add_scalar(f"{stage}/{name}", float(value), step)
+        for name, value in known.items():
+            self.events.add_scalar(f"{stage}/{name}", value, step)
 
     def close(self) -> None:
         """Writes what is buffered."""

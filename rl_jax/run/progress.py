@@ -3,7 +3,7 @@
 import contextlib
 import datetime
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import NamedTuple
 
 REFRESHES = 2  # a second
@@ -18,12 +18,12 @@ class Progress(NamedTuple):
         say: shows a line of text.
     """
 
-    show: Callable[[int, Mapping[str, float]], None]
+    show: Callable[[int, Mapping[str, float | None]], None]
     say: Callable[[str], None]
 
 
 @contextlib.contextmanager
-def show_progress(stage: str, start: int, steps: int) -> Iterator[Progress]:
+def show_progress(stage: str, start: int, steps: int) -> Generator[Progress]:
     """Shows on standard output how a stage gets on from step `start` to `steps`, and when it will be there."""
     from rich import progress
     from rich.console import Console
@@ -42,7 +42,7 @@ def show_progress(stage: str, start: int, steps: int) -> Iterator[Progress]:
     task = bar.add_task(stage, total=steps, completed=start, metrics="")
     begun = time.perf_counter()
 
-    def show(done: int, metrics: Mapping[str, float]) -> None:
+    def show(done: int, metrics: Mapping[str, float | None]) -> None:
         if console.is_terminal:
             bar.update(task, completed=done, metrics=describe(metrics))
         elif done * LINES // steps > (done - 1) * LINES // steps:
@@ -55,9 +55,10 @@ def show_progress(stage: str, start: int, steps: int) -> Iterator[Progress]:
         yield Progress(show, console.print)
 
 
-def describe(metrics: Mapping[str, float]) -> str:
-    """Metrics in a phrase: "loss 3.214  tokens/s 12,346"."""
+def describe(metrics: Mapping[str, float | None]) -> str:
+    """Metrics in a phrase, such as "loss 3.214  tokens/s 12,346"; None is left out."""
     return "  ".join(
         f"{name.replace('_per_second', '/s')} {f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.4g}'}"
         for name, value in metrics.items()
+        if value is not None
     )

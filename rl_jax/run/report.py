@@ -124,9 +124,8 @@ def write_report(folder: str | Path) -> Path:
         InputError: the folder is not a run's, or a file in it cannot be read.
     """
     path = Path(folder) / "report.html"
-    page = render(read_run(Path(folder)))
     partial = path.with_name("report.html.partial")
-    partial.write_text(page, "utf-8", errors="replace")  # JSON can hold half a surrogate pair
+    partial.write_text(render(read_run(path.parent)), "utf-8", errors="replace")  # JSON can hold half a surrogate pair
     return partial.replace(path)
 
 
@@ -346,8 +345,8 @@ def _completion(title: str, completion: dict[str, Any], limit: float) -> str:
 def completions(pairs: list[dict[str, Any]]) -> str:
     """Completions of the same prompts, pretrained beside tuned, with tokens coloured by log-ratio."""
     ratios = [ratio for pair in pairs for side in ("before", "after") for ratio in pair[side]["log_ratio"]]
-    sizes = [abs(value) for value in map(finite, ratios) if value is not None]
-    limit = max(math.ceil(2 * float(np.quantile(sizes or [0.0], 0.95))) / 2, 0.5)  # the outliers saturate
+    sizes = [abs(finite(ratio) or 0.0) for ratio in ratios] or [0.0]
+    limit = max(math.ceil(2 * float(np.quantile(sizes, 0.95))) / 2, 0.5)  # the outliers saturate
     shown = [
         f'<article><p class="prompt"><small>Prompt</small>{escape(pair["prompt"])}</p><div class="pair">'
         + _completion("Pretrained", pair["before"], limit)

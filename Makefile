@@ -1,0 +1,43 @@
+# make quickstart   the main job, on the embedded corpus: pretrain, reward, REINFORCE, before and after
+# make test         format, lint, types and tests
+# PYTHON=python3.12 chooses the interpreter, RUN=runs/name the run's folder, ARGS="--seed 1" anything else.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/quickstart
+ARGS ?=
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test slow parity clean
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/installed
+	@$(BIN)/python experiments/pipeline.py --run $(RUN) $(ARGS)
+
+test: $(VENV)/installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+	$(BIN)/python -m pytest -q --durations=5
+
+slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q -m slow
+
+# Against the models of transformers in PyTorch, which nothing else here needs; a test that is skipped fails.
+parity: $(VENV)/installed-test
+	$(BIN)/pip install -q "torch==2.13.0"
+	RL_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -q tests/test_parity.py
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'rl_jax needs Python 3.11 or newer; choose one: make PYTHON=python3.12')"
+	@echo "Installing rl_jax into $(VENV) (about a minute)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

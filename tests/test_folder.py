@@ -1,0 +1,84 @@
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from rl_jax.errors import InputError
+from rl_jax.run.folder import describe_differences, differences, open_run, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    width: int = 64
+    names: tuple[str, ...] = ("a", "b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: Model = Model()
+    corpus: Path = Path("text.txt")
+    steps: int = 10
+    resume: bool = False
+
+
+def test_a_new_run_says_what_it_is(tmp_path):
+    folder = open_run(tmp_path / "runs" / "one", "experiments/some.py", Config(), resume=False)
+    written = json.loads((folder / "config.json").read_text())
+    assert written["script"] == "experiments/some.py"
+    assert written["config"] == {
+        "model": {"width": 64, "names": ["a", "b"]}, "corpus": "text.txt", "steps": 10, "resume": False,
+    }  # fmt: skip
+    assert written["device"].startswith("cpu x 8 (")
+    assert {"jax", "python", "numpy"} <= written["versions"].keys()
+
+
+def test_a_folder_that_is_taken_is_refused(tmp_path):
+    open_run(tmp_path / "one", "s.py", Config(), resume=False)
+    with pytest.raises(InputError, match=r"one exists; give another --run, remove it, or continue it with --resume"):
+        open_run(tmp_path / "one", "s.py", Config(), resume=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file exists"):
+        open_run(tmp_path / "file", "s.py", Config(), resume=False)
+    (tmp_path / "empty").mkdir()
+    open_run(tmp_path / "empty", "s.py", Config(), resume=False)
+
+
+def test_resuming_asks_for_the_run_that_was_there(tmp_path):
+    with pytest.raises(InputError, match="no run to resume"):
+        open_run(tmp_path / "none", "s.py", Config(resume=True), resume=True)
+    assert not (tmp_path / "none").exists()
+    open_run(tmp_path / "one", "s.py", Config(), resume=False)
+    open_run(tmp_path / "one", "s.py", Config(resume=True), resume=True)
+    other = Config(Model(width=32), steps=20, resume=True)
+    with pytest.raises(InputError, match=r"model.width was 64 and is now 32; steps was 10 and is now 20"):
+        open_run(tmp_path / "one", "s.py", other, resume=True)
+    open_run(tmp_path / "one", "s.py", other, resume=True, may_differ=("resume", "steps", "model.width"))
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["config"]["steps"] == 20
+    (tmp_path / "one" / "config.json").write_text('{"config"')
+    with pytest.raises(InputError, match="cannot be read"):
+        open_run(tmp_path / "one", "s.py", Config(resume=True), resume=True)
+
+
+def test_differences_are_named_by_their_path():
+    old = {"a": 1, "b": {"c": [1, 2], "d": None}, "gone": True}
+    new = {"a": 1, "b": {"c": [1, 3], "d": None}, "new": {"x": 1}}
+    found = differences(old, new)
+    assert found == {"b.c": ([1, 2], [1, 3]), "gone": (True, "absent"), "new": ("absent", {"x": 1})}
+    assert differences(old, old) == {}
+    assert describe_differences(found, limit=1) == "b.c was [1, 2] and is now [1, 3]; and 2 more"
+
+
+def test_json_is_whole_and_has_no_nan(tmp_path):
+    path = tmp_path / "summary.json"
+    write_json(
+        path, {"kl": math.nan, "interval": (jnp.float32(0.5), math.inf), "steps": jnp.arange(2), "where": tmp_path}
+    )
+    kept = {"kl": None, "interval": [0.5, None], "steps": [0, 1], "where": str(tmp_path)}
+    assert json.loads(path.read_text()) == kept
+    with pytest.raises(TypeError):
+        write_json(path, {"kl": object()})
+    assert json.loads(path.read_text()) == kept
+    assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]

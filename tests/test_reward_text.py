@@ -1,0 +1,97 @@
+import functools
+
+import numpy as np
+import pytest
+
+from rl_jax.errors import InputError
+from rl_jax.rewards.text import keyword_reward, regex_reward, score_texts, sentiment
+
+
+@pytest.mark.parametrize(
+    ("completion", "compound"),  # published in VADER's README
+    [
+        ("VADER is smart, handsome, and funny.", 0.8316),
+        ("VADER is not smart, handsome, nor funny.", -0.7424),
+        ("The book was good.", 0.4404),
+        ("Today SUX!", -0.5461),
+        ("", 0.0),
+    ],
+)
+def test_sentiment_is_vaders_compound_of_the_completion(completion, compound):
+    assert sentiment("a horrible, terrible prompt", completion) == compound
+
+
+def test_keywords_are_whole_words_in_any_case():
+    keywords = ("peace", "good will", "c++", "ÉTÉ")
+    assert keyword_reward("Peace, and GOOD WILL.", keywords) == 0.5
+    assert keyword_reward("peaceful good willing", keywords) == 0.0
+    assert keyword_reward("(c++) un été", keywords) == 0.5
+    assert keyword_reward("c+++peace", ("peace",)) == 1.0
+
+
+def test_regex_matches_anywhere():
+    assert regex_reward("there are 12 of them", r"\b\d+\b") == 1.0
+    assert regex_reward("there are twelve", r"\d") == 0.0
+
+
+def test_score_texts_gives_a_float32_for_each_completion():
+    def reward(prompt, completion):
+        return len(prompt) * 10 + len(completion)
+
+    rewards = score_texts(reward, ["a", "bb", ""], ["x", "", "xyz"])
+    assert rewards.dtype == np.float32
+    assert rewards.tolist() == [11.0, 20.0, 3.0]
+    assert score_texts(reward, [], []).shape == (0,)
+
+
+@pytest.mark.parametrize("value", [True, 1, np.float32(1), np.bool_(True), np.asarray(1.0)])
+def test_every_kind_of_number_is_a_reward(value):
+    assert score_texts(lambda prompt, completion: value, ["p"], ["c"]).tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        (None, "not a number"),
+        ("1.0", "not a number"),
+        ([1.0], "not a number"),
+        (1j, "not a number"),
+        (float("nan"), "not a finite number"),
+        (float("inf"), "not a finite number"),
+        (-float("inf"), "not a finite number"),
+        (1e39, "not a finite number"),  # beyond float32
+    ],
+)
+def test_what_is_no_finite_number_is_refused_with_its_completion(value, complaint):
+    def my_reward(prompt, completion):
+        return value if completion == "bad one" else 0.0
+
+    with pytest.raises(InputError, match=complaint) as refusal:
+        score_texts(my_reward, ["p"] * 3, ["fine", "bad one", "fine"])
+    message = str(refusal.value)
+    assert "completion 1 of 3" in message
+    assert "my_reward" in message
+    assert "'bad one'" in message
+
+
+def test_an_exception_names_the_reward_and_shows_the_completion():
+    def my_reward(prompt, completion):
+        return 1 / (len(completion) - 300)
+
+    with pytest.raises(InputError) as refusal:
+        score_texts(my_reward, ["p"] * 2, ["", "x" * 300])
+    message = str(refusal.value)
+    assert "completion 1 of 2" in message
+    assert "my_reward failed with ZeroDivisionError: division by zero" in message
+    assert repr("x" * 200 + "...") in message
+    assert isinstance(refusal.value.__cause__.__cause__, ZeroDivisionError)
+
+
+def test_a_reward_without_a_name_is_named_by_its_repr():
+    with pytest.raises(InputError, match=r"reward functools\.partial.*gave nan"):
+        score_texts(functools.partial(lambda value, p, c: value, float("nan")), ["p"], ["c"])
+
+
+def test_prompts_and_completions_come_in_pairs():
+    with pytest.raises(ValueError, match="longer"):
+        score_texts(lambda prompt, completion: 0.0, ["p"], ["c", "d"])
