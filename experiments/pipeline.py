@@ -20,7 +20,7 @@ from rl_jax.rewards.compose import RewardConfig, make_reward
 from rl_jax.run.folder import check_run, open_run, write_json
 from rl_jax.run.loop import run_main
 from rl_jax.run.metrics import open_metrics
-from rl_jax.run.report import write_report
+from rl_jax.run.results import timed, write_results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    seconds: dict[str, float] = {}
     start = time.perf_counter()
     model = model_config(config.pretrain)
     check_run(config.run, config, config.resume)
@@ -53,30 +54,21 @@ def main(config: Config) -> None:
     run = open_run(config.run, "experiments/pipeline.py", config, config.resume)
     text.tokenizer.save_pretrained(run / "policy")
     writer = open_metrics(run)
-    times = [time.perf_counter()]
-    pretrained, summary = pretrain(config.pretrain, text, config.seed, run, writer)
+    with timed(seconds, "pretrain"):
+        pretrained, summary = pretrain(config.pretrain, text, config.seed, run, writer)
     save_policy(run / "pretrained", pretrained)
     write_json(run / "summary.json", summary)  # for the report of a run that stops after this
-    times.append(time.perf_counter())
-    tuned = reinforce(config.reinforce, pretrained, reward, prompts, config.seed, run, writer)
-    writer.close()
+    with timed(seconds, "rl"):
+        tuned = reinforce(config.reinforce, pretrained, reward, prompts, config.seed, run, writer)
     save_policy(run / "policy", tuned)
-    times.append(time.perf_counter())
+    writer.close()
     sampling = make_sampling(config.reinforce, text.tokenizer.eos_token_id)
-    compared, pairs = compare(
-        config.reinforce.compare, pretrained, tuned, reward, prompts.held_out, sampling, config.seed
-    )
-    times.append(time.perf_counter())
-
-    stages = zip(("pretrain", "rl", "compare"), times, times[1:], strict=False)
-    summary |= compared | {
-        "seed": config.seed,
-        "seconds_by_stage": {stage: end - begin for stage, begin, end in stages},
-        "seconds": times[-1] - start,
-    }
-    write_json(run / "summary.json", summary)
-    write_json(run / "completions.json", {"pairs": pairs})
-    print(write_report(run))
+    with timed(seconds, "compare"):
+        compared, pairs = compare(
+            config.reinforce.compare, pretrained, tuned, reward, prompts.held_out, sampling, config.seed
+        )
+    spent = {"seconds": time.perf_counter() - start, "seconds_by_stage": seconds}
+    write_results(run, summary | compared | spent | {"seed": config.seed}, pairs)
 
 
 if __name__ == "__main__":

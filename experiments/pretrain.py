@@ -28,10 +28,10 @@ from rl_jax.learner import apply_gradients, held_out_nats, init_state, make_opti
 from rl_jax.models.huggingface import Policy, save_policy
 from rl_jax.models.transformer import TransformerConfig, gpt2, init_params, llama
 from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
-from rl_jax.run.folder import check_run, open_run, write_json
+from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.loop import run_main, train
 from rl_jax.run.metrics import MetricsWriter, open_metrics
-from rl_jax.run.report import write_report
+from rl_jax.run.results import write_results
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.types import Array, Metrics, PyTree, TrainState
 
@@ -48,7 +48,7 @@ class Pretraining:
     vocab_size: int = 2048
     """Tokens of the byte-level BPE vocabulary that is learned from the corpus."""
     context: int = 128
-    """Longest sequence, in tokens: prompt and completion together."""
+    """Longest sequence, in tokens: a training window, or a prompt and its completion."""
     layers: int = 4
     """Blocks."""
     width: int = 128
@@ -61,12 +61,10 @@ class Pretraining:
     """What activations are computed in; parameters are float32."""
     remat: bool = False
     """Recompute blocks in the backward pass: less memory, about a third more time."""
-    steps: int = 600
+    steps: int = 900
     """Updates."""
-    batch_size: int = 32
-    """Windows of text in an update."""
-    window: int = 64
-    """Tokens of a window, at most the context."""
+    batch_size: int = 8
+    """Windows of text in an update, each as long as the context."""
     microbatches: int = 1
     """Parts of a batch that go through the device one after another, to save memory."""
     learning_rate: float = 3e-3
@@ -130,16 +128,14 @@ def check(settings: Pretraining, text: Text, seed: int) -> None:
     """Raise InputError for settings that cannot work, before anything is trained."""
     if seed < 0:
         raise InputError(f"The seed is {seed}; it must not be negative.")
-    if settings.window > settings.context:
-        raise InputError(f"A window of {settings.window} tokens is longer than the context of {settings.context}.")
-    for name in ("steps", "batch_size", "window", "evaluate_every", "checkpoint_every"):
+    for name in ("steps", "batch_size", "context", "evaluate_every", "checkpoint_every"):
         if getattr(settings, name) < 1:
             raise InputError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
-    needed = settings.batch_size * settings.window + 1
+    needed = settings.batch_size * settings.context + 1
     if len(text.train_tokens) < needed:
         raise InputError(
             f"The corpus has {len(text.train_tokens)} training tokens, too short for one batch of "
-            f"{settings.batch_size} windows of {settings.window} ({needed} tokens): give more text or a smaller batch."
+            f"{settings.batch_size} windows of {settings.context} ({needed} tokens): give more text or a smaller batch."
         )
 
 
@@ -167,12 +163,12 @@ def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: Me
     mapped_evaluate = pmapped(evaluate, mesh, (None, 0, 0), None)
 
     def held_out() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        return held_out_batches(text.held_out_tokens, settings.batch_size, settings.window)
+        return held_out_batches(text.held_out_tokens, settings.batch_size, settings.context)
 
     curve = [batch for batch, _ in zip(held_out(), range(CURVE_BATCHES), strict=False)]
 
     def step(state: TrainState, number: int) -> tuple[TrainState, Metrics]:
-        tokens = packed_batch(text.train_tokens, settings.batch_size, settings.window, seed, number)
+        tokens = packed_batch(text.train_tokens, settings.batch_size, settings.context, seed, number)
         state, metrics = mapped_update(state, tokens)
         if (number + 1) % settings.evaluate_every == 0:
             nats = sum(mapped_evaluate(state.params, *batch) for batch in curve)
@@ -190,7 +186,7 @@ def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: Me
         writer=writer,
         checkpoints=checkpoints,
         checkpoint_every=settings.checkpoint_every,
-        shown=("loss",),
+        shown=("loss", "tokens_per_second"),
     )
     close_checkpoints(checkpoints)
     nats = sum(float(mapped_evaluate(state.params, *batch)) for batch in held_out())
@@ -222,8 +218,7 @@ def main(config: Config) -> None:
     policy, summary = pretrain(config.pretrain, text, config.seed, run, writer)
     writer.close()
     save_policy(run / "policy", policy)
-    write_json(run / "summary.json", summary | {"seed": config.seed, "seconds": time.perf_counter() - start})
-    print(f"{run}: held-out loss {summary['held_out_loss']:.3f} nats a token; {write_report(run)}")
+    write_results(run, summary | {"seed": config.seed, "seconds": time.perf_counter() - start})
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ from rl_jax.rewards.compose import Reward, RewardConfig, make_reward
 from rl_jax.rewards.text import score_texts
 from rl_jax.rollout import check_lengths, generate
 from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
-from rl_jax.run.folder import check_run, open_run, write_json
+from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.loop import run_main, train
 from rl_jax.run.metrics import MetricsWriter, open_metrics
-from rl_jax.run.report import write_report
+from rl_jax.run.results import write_results
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.sampling import Sampling
 from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
@@ -56,7 +56,7 @@ class Reinforcing:
     """Tokens of a prompt: the opening of a held-out passage."""
     completion_length: int = 48
     """Most tokens of a completion."""
-    temperature: float = 1.0
+    temperature: float = 0.8
     """Divides the logits that completions are sampled from."""
     top_k: int = 0
     """Sample among this many of the likeliest tokens; 0 means all."""
@@ -72,7 +72,7 @@ class Reinforcing:
     normalize: Literal["token", "sequence", "completion", "constant"] = "constant"
     """What the loss is a mean of: tokens; the tokens of each completion, then completions; completions, their
     tokens summed; or completions, their tokens summed and divided by the completion length."""
-    steps: int = 150
+    steps: int = 90
     """Updates."""
     learning_rate: float = 3e-4
     """Learning rate of AdamW after the warm-up."""
@@ -244,7 +244,7 @@ def reinforce(
         writer=writer,
         checkpoints=checkpoints,
         checkpoint_every=settings.checkpoint_every,
-        shown=("reward", "kl"),
+        shown=("loss", "reward", "kl", "tokens_per_second"),
     )
     close_checkpoints(checkpoints)
     return Policy(state.params, config, tokenizer)
@@ -265,9 +265,7 @@ def main(config: Config) -> None:
     save_policy(run / "policy", tuned)
     sampling = make_sampling(config.reinforce, policy.tokenizer.eos_token_id)
     summary, pairs = compare(config.reinforce.compare, policy, tuned, reward, prompts.held_out, sampling, config.seed)
-    write_json(run / "completions.json", {"pairs": pairs})
-    write_json(run / "summary.json", summary | {"seed": config.seed, "seconds": time.perf_counter() - start})
-    print(write_report(run))
+    write_results(run, summary | {"seed": config.seed, "seconds": time.perf_counter() - start}, pairs)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> Train
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
-        baseline=jnp.full((), jnp.nan),
+        baseline=jnp.full((), jnp.nan, jnp.float32),
         nonfinite=jnp.zeros((), jnp.int32),
     )
 
@@ -153,7 +153,8 @@ def reinforce_update(
         rollout: B completions.
         rewards: [B].
         config: configuration of policy and reference.
-        sampling: how `rollout` was sampled. Divergences are measured at its temperature, without its filters.
+        sampling: how `rollout` was sampled. The reference is taken at its temperature, without its filters; so are both
+            policies for the exact KL.
         advantage_fn: rewards less the penalty -> advantages.
         kl_coefficient: reward units a nat.
         normalize: see `token_weights`.
@@ -185,7 +186,7 @@ def reinforce_update(
         microbatches=microbatches,
     )
     state, applied = apply_gradients(state, grads, optimizer)
-    state = dataclasses.replace(state, baseline=baseline)
+    state = dataclasses.replace(state, baseline=jnp.where(jnp.isfinite(baseline), baseline, state.baseline))
     return state, metrics | applied | {
         "reward": jnp.mean(rewards),
         "reward_std": jnp.std(rewards),

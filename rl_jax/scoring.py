@@ -76,7 +76,8 @@ def token_scores(
     chex.assert_rank([states, tokens], [3, 2])
     chex.assert_equal_shape_prefix([states, tokens], 2)
     columns = tokens.shape[1]
-    width = min(max(CHUNK_BYTES // (4 * tokens.shape[0] * config.vocab_size), 1), columns)
+    chunks = -(-4 * tokens.size * config.vocab_size // CHUNK_BYTES)
+    width = -(-columns // min(chunks, columns))
     ref_params, ref_states = reference or (None, None)
 
     def score(chunk: tuple[Array, Array, Array | None]) -> TokenScores:
@@ -91,8 +92,8 @@ def token_scores(
     batch = (states, tokens, ref_states)
     if width == columns:
         return score(batch)
-    chunks = jax.tree.map(lambda x: _split_columns(x, width), batch)
-    scored = jax.lax.map(jax.checkpoint(score), chunks)
+    parts = jax.tree.map(lambda x: _split_columns(x, width), batch)
+    scored = jax.lax.map(jax.checkpoint(score), parts)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :columns], scored)
 
 

@@ -61,7 +61,7 @@ def enumerated_rollout() -> Rollout:
     )
 
 
-def distributions(params: PyTree, temperature: Array | float = 1.0, top_k: Array | int = VOCAB) -> Array:
+def distributions(params: PyTree, temperature: Array, top_k: Array) -> Array:
     """Log-probabilities of every next token along every completion, from unpadded sequences. [N, K, C, V]."""
     tokens, _ = all_completions()
     rows = []
@@ -74,13 +74,9 @@ def distributions(params: PyTree, temperature: Array | float = 1.0, top_k: Array
     return jax.nn.log_softmax(jnp.where(scores >= least, scores, -jnp.inf), axis=-1)
 
 
-@jax.jit
-def sequence_logprobs(params: PyTree, temperature: Array | float = 1.0, top_k: Array | int = VOCAB) -> Array:
+def sequence_logprobs(params: PyTree, temperature: float = 1.0, top_k: int = VOCAB) -> Array:
     """Log-probability of every completion of every prompt. [N, K]."""
-    tokens, mask = all_completions()
-    indices = jnp.broadcast_to(jnp.asarray(tokens), (len(PROMPTS), *tokens.shape))[..., None]
-    picked = jnp.take_along_axis(distributions(params, temperature, top_k), indices, axis=-1)[..., 0]
-    return jnp.sum(jnp.where(mask[None], picked, 0.0), axis=-1)
+    return _sequence_logprobs(params, temperature, top_k)
 
 
 def sequence_kl(logprobs: Array, ref_logprobs: Array) -> Array:
@@ -90,22 +86,33 @@ def sequence_kl(logprobs: Array, ref_logprobs: Array) -> Array:
     return jnp.sum(jnp.where(possible, jnp.exp(logprobs) * log_ratios, 0.0), axis=1)
 
 
-def objective(
-    params: PyTree,
-    ref_params: PyTree,
-    coefficient: float,
-    temperature: Array | float = 1.0,
-    top_k: Array | int = VOCAB,
-) -> Array:
-    """E[reward] - coefficient * KL(policy || reference), the mean over the prompts; the reference keeps every token."""
-    logprobs = sequence_logprobs(params, temperature, top_k)
-    ref_logprobs = jax.lax.stop_gradient(sequence_logprobs(ref_params, temperature))
+def objective(logprobs: Array, ref_logprobs: Array, coefficient: float) -> Array:
+    """E[reward] - coefficient * KL(policy || reference), the mean over the prompts. [N, K], [N, K] -> []."""
     rewards = reward(enumerated_rollout()).reshape(logprobs.shape)
     expected = jnp.sum(jnp.exp(logprobs) * rewards, axis=1)
     return jnp.mean(expected - coefficient * sequence_kl(logprobs, ref_logprobs))
 
 
-objective_gradient = jax.jit(jax.grad(objective))
+def objective_gradient(
+    params: PyTree, ref_params: PyTree, coefficient: float, temperature: float = 1.0, top_k: int = VOCAB
+) -> PyTree:
+    """Of the objective; `top_k` is the policy's alone, the reference keeps every token."""
+    ref_logprobs = sequence_logprobs(ref_params, temperature)
+    return _objective_gradient(params, ref_logprobs, coefficient, temperature, top_k)
+
+
+@jax.jit
+def _sequence_logprobs(params, temperature, top_k):
+    tokens, mask = all_completions()
+    indices = jnp.broadcast_to(jnp.asarray(tokens), (len(PROMPTS), *tokens.shape))[..., None]
+    picked = jnp.take_along_axis(distributions(params, temperature, top_k), indices, axis=-1)[..., 0]
+    return jnp.sum(jnp.where(mask[None], picked, 0.0), axis=-1)
+
+
+@jax.jit
+@jax.grad
+def _objective_gradient(params, ref_logprobs, coefficient, temperature, top_k):
+    return objective(_sequence_logprobs(params, temperature, top_k), ref_logprobs, coefficient)
 
 
 def mean_p_value(samples: np.ndarray, mean: np.ndarray) -> float:

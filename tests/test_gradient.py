@@ -24,7 +24,7 @@ from rl_jax.run.spmd import make_mesh, pmapped
 from rl_jax.sampling import Sampling, untruncated
 from rl_jax.scoring import Reference, completion_logprobs, completion_states, score_completions
 
-GROUP, BATCHES, COEFFICIENT, BASELINE = 4, 4000, 0.3, 0.7
+GROUP, BATCHES, COEFFICIENT, BASELINE = 4, 3000, 0.3, 0.7
 PARAMS, REF_PARAMS = oracles.random_params(1), oracles.random_params(2)
 SIZE = ravel_pytree(PARAMS)[0].size
 DIRECTIONS = np.random.default_rng(0).normal(0, SIZE**-0.5, (16, SIZE)).astype(np.float32)
@@ -133,8 +133,8 @@ def test_gradient_that_forgets_the_end_token_is_told_apart():
     assert p_value(ascent(PARAMS, forgetful, leave_one_out(rewards)), exact_gradient()) < IMPOSSIBLE
 
 
-@pytest.mark.parametrize("changes", [{}, {"top_k": 2, "temperature": 1.3}])
-def test_gradient_weighed_by_probability_is_exact(changes):
+def test_filtered_gradient_weighed_by_probability_is_exact():
+    changes = {"temperature": 1.3, "top_k": 2}
     sampling, rollout = make_sampling(**changes), oracles.enumerated_rollout()
     probabilities = jnp.exp(oracles.sequence_logprobs(PARAMS, **changes)).reshape(-1)
     np.testing.assert_allclose(jnp.sum(probabilities), len(PROMPTS), rtol=1e-5)
@@ -204,10 +204,8 @@ def test_gradient_is_that_of_literal_pmap():
     assert_same(gradient, jax.tree.map(lambda x: x[0], gradients))
 
 
-@pytest.mark.parametrize(("devices", "microbatches"), [(8, 2), (1, 4)])
-def test_gradient_and_metrics_do_not_depend_on_devices_or_microbatches(devices, microbatches):
-    mesh = make_mesh(jax.devices()[:devices])
-    gradient = pmapped(whole_gradient(microbatches), mesh, (None, None, 0, 0), None)
+def test_gradient_and_metrics_do_not_depend_on_devices_or_microbatches():
+    gradient = pmapped(whole_gradient(microbatches=2), make_mesh(), (None, None, 0, 0), None)
     assert_same(gradient(PARAMS, REF_PARAMS, *batch()), plain_gradient(PARAMS, REF_PARAMS, *batch()))
 
 

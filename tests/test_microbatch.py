@@ -22,10 +22,7 @@ def test_parts_add_up_to_the_whole(microbatches):
 
 
 def test_part_m_takes_every_mth_sequence():
-    parts = []
-    sum_over_microbatches(lambda x: jax.debug.callback(lambda part: parts.append(part.tolist()), x) or x, jnp.arange(6), 2)
-    jax.effects_barrier()
-    assert [part for part in parts] == [[0, 2, 4], [1, 3, 5]]
+    assert sum_over_microbatches(lambda part: part, jnp.arange(6), 2).tolist() == [0 + 1, 2 + 3, 4 + 5]
 
 
 @pytest.mark.parametrize("microbatches", [0, -1, 5, 24])

@@ -21,7 +21,7 @@ from rl_jax.errors import InputError
 from rl_jax.rewards.compose import RewardConfig
 
 PRETRAINING = pretrain.Pretraining(
-    vocab_size=300, context=32, layers=1, width=16, heads=2, steps=6, batch_size=8, window=16, checkpoint_every=2
+    vocab_size=300, context=32, layers=1, width=16, heads=2, steps=6, batch_size=8, checkpoint_every=2
 )
 REINFORCING = reinforce.Reinforcing(
     prompts=8, group_size=2, prompt_length=6, completion_length=8, steps=4, checkpoint_every=2, compare=Comparing(8, 2)
@@ -172,7 +172,6 @@ def test_control_c_saves_and_says_how_to_continue(long_config):
 MISTAKES = {
     "corpus": ("corpus", "/nowhere/prose.txt", "/nowhere/prose.txt"),
     "short corpus": ("pretrain.batch_size", 10_000_000, "too short"),
-    "window": ("pretrain.window", 64, "context"),
     "long prompt": ("reinforce.prompt_length", 30, "context"),
     "long completion": ("reinforce.completion_length", 31, "context"),
     "devices": ("reinforce.prompts", 9, "9"),

@@ -10,7 +10,7 @@ from oracles import CONFIG, EOS, LENGTH, VOCAB
 
 from rl_jax import scoring
 from rl_jax.errors import InputError
-from rl_jax.models.transformer import hidden_states, init_params, llama
+from rl_jax.models.transformer import hidden_states, init_params, llama, logits
 from rl_jax.reinforce.distributions import kl_estimate, token_logprobs
 from rl_jax.reinforce.gradient import reinforce_gradient
 from rl_jax.sampling import Sampling, warp_logits
@@ -59,9 +59,9 @@ def test_states_are_those_of_reading_one_token_at_a_time():
             np.testing.assert_allclose(states[row, column], read(PARAMS, tokens), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("with_reference", [False, True])
-@pytest.mark.parametrize("width", [1, 2, 4])
-@pytest.mark.parametrize("sampling", [Sampling(7), FILTERS])
+@pytest.mark.parametrize(
+    ("sampling", "width", "with_reference"), [(Sampling(7), 1, True), (FILTERS, 2, False), (FILTERS, 4, True)]
+)
 def test_chunks_change_nothing(monkeypatch, sampling, width, with_reference):
     rng = np.random.default_rng(0)
     states, ref_states = jnp.asarray(rng.normal(size=(2, 3, 7, CONFIG.width)), jnp.float32)
@@ -81,6 +81,7 @@ def test_chunks_change_nothing(monkeypatch, sampling, width, with_reference):
     monkeypatch.setattr(scoring, "CHUNK_BYTES", 4 * 3 * VOCAB * width + 3)
     chunked = compute()
     for array, expected in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
+        assert np.all(np.isfinite(expected))
         np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5)
     assert bool(jnp.any(chunked[0].kl != 0)) == with_reference
     assert jnp.all(jnp.any(chunked[1][1] != 0, axis=-1))  # every state has its part in the loss
@@ -132,38 +133,29 @@ def largest_logits(traced) -> int:
 
 def test_logits_of_a_batch_are_never_held(monkeypatch):
     whole = ROWS * COMPLETION * LARGE.vocab_size
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 1 << 22)
     traced = trace_gradient()
-    assert largest_logits(traced) * 4 <= scoring.CHUNK_BYTES < whole * 4 / 3
+    assert largest_logits(traced) * 4 <= scoring.CHUNK_BYTES < whole * 4 / 20
     memory = traced.lower().compile().memory_analysis()
-    assert memory is None or memory.temp_size_in_bytes < whole * 4
+    assert memory is None or memory.temp_size_in_bytes < whole * 4 / 2
     monkeypatch.setattr(scoring, "CHUNK_BYTES", whole * 4)
     assert largest_logits(trace_gradient()) == whole  # the search finds them where they are
 
 
 def test_filters_keep_the_sampled_token_and_finite_gradients():
-    rollout = oracles.enumerated_rollout()  # every token, those outside the nucleus too
+    states = jnp.asarray(np.random.default_rng(0).normal(size=(VOCAB, 5, CONFIG.width)), jnp.float32)
+    tokens = jnp.tile(jnp.arange(VOCAB)[:, None], (1, 5))  # every token, those outside the nucleus too
 
-    def loss(params):
-        logprobs = completion_logprobs(params, rollout, CONFIG, FILTERS)
-        return jnp.sum(logprobs), logprobs
+    @functools.partial(jax.jit, static_argnums=1)
+    def compute(params, sampling):
+        return jax.value_and_grad(lambda p: jnp.sum(token_scores(p, states, tokens, CONFIG, sampling).logprobs))(params)
 
-    (_, logprobs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(PARAMS)
-    scores = jnp.broadcast_to(jnp.array([4.0, 2.0, 0.0, -2.0]), (4, VOCAB))
-    without = token_logprobs(warp_logits(scores, FILTERS), jnp.arange(4))
-    np.testing.assert_array_equal(jnp.isinf(without), [False, True, True, True])  # the filters do drop tokens
-    mask = np.asarray(rollout.completion_mask)
-    assert np.all(np.isfinite(logprobs)) and np.all(np.asarray(logprobs) <= 0) and np.any(logprobs[mask] < -0.1)
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradients))
-    assert max(np.abs(x).max() for x in jax.tree.leaves(gradients)) > 0.1
-
-
-def test_filtered_logprobs_are_those_of_enumeration():
-    rollout = oracles.enumerated_rollout()
-    logprobs = jax.jit(completion_logprobs, static_argnums=(2, 3))(PARAMS, rollout, CONFIG, Sampling(LENGTH, top_k=2))
-    expected = np.asarray(oracles.sequence_logprobs(PARAMS, top_k=2)).reshape(-1)
-    possible = np.isfinite(expected)
-    np.testing.assert_allclose(logprobs.sum(axis=1)[possible], expected[possible], rtol=1e-4, atol=1e-5)
-    assert 0 < possible.sum() < len(expected)
+    dropped = token_logprobs(warp_logits(logits(PARAMS, states, CONFIG), FILTERS), tokens) == -jnp.inf
+    assert 0.2 < jnp.mean(dropped) < 0.8
+    loss, gradients = compute(PARAMS, FILTERS)
+    assert jnp.isfinite(loss) and loss < 0
+    gradient = np.asarray(gradients["embedding"]["embedding"])
+    assert np.all(np.isfinite(gradient)) and np.abs(gradient).max() > 0.1
 
 
 def test_what_the_mask_hides_changes_nothing():
@@ -181,4 +173,4 @@ def test_what_the_mask_hides_changes_nothing():
 def test_greedy_decoding_has_no_logprobs():
     rollout = oracles.enumerated_rollout()
     with pytest.raises(InputError, match="temperature"):
-        completion_logprobs(PARAMS, rollout, CONFIG, Sampling(LENGTH, temperature=0))
+        jax.eval_shape(lambda: completion_logprobs(PARAMS, rollout, CONFIG, Sampling(LENGTH, temperature=0)))

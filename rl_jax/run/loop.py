@@ -57,7 +57,7 @@ def train(
         writer: takes the metrics of each step.
         checkpoints: take the state every `checkpoint_every` steps, and at the end.
         checkpoint_every: steps from one checkpoint to the next.
-        shown: names of the metrics to show on the way.
+        shown: names of the metrics to show on the way; tokens_per_second as its average so far.
 
     Returns:
         The state at step `steps`.
@@ -128,16 +128,21 @@ def _recorder(
 ) -> Callable[..., None]:
     """Returns `record(step, metrics, last=False)`, which fetches a step's metrics, writes, shows and judges them."""
     before: float | None = None  # the time at which the step before was done
+    timed, seconds = 0.0, 0.0  # tokens of all steps so far that were timed, and their time
 
     def record(step: int, metrics: Mapping[str, Any], last: bool = False) -> None:
-        nonlocal before
+        nonlocal before, timed, seconds
         row: dict[str, float | None] = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         tokens, now = row.pop("tokens", None), time.perf_counter()
         if tokens is not None:
-            row["tokens_per_second"] = None if before is None or last else tokens / (now - before)
+            row["tokens_per_second"] = None
+            if before is not None and not last:
+                row["tokens_per_second"] = tokens / (now - before)
+                timed, seconds = timed + tokens, seconds + now - before
         before = now
         writer.write(stage, step, row)
-        progress.show(step + 1, {name: row.get(name) for name in shown})
+        average = {"tokens_per_second": timed / seconds} if seconds else {}
+        progress.show(step + 1, {name: (row | average).get(name) for name in shown})
         if skipped := int(row.get("nonfinite") or 0):
             progress.say(f"{stage} step {step}: the update was not finite and was skipped ({skipped} in a row).")
         if skipped >= NONFINITE_LIMIT:

@@ -1,0 +1,28 @@
+"""The end of a run: what came out, on disk and in words."""
+
+import contextlib
+import time
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rl_jax.run.folder import write_json
+from rl_jax.run.report import headline, read_run, write_report
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Generator[None]:
+    """Adds the time that the context takes to `seconds` under the name of the stage."""
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+
+def write_results(folder: Path, summary: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Writes summary.json, completions.json where there are pairs, and the report; prints what came out, and where."""
+    write_json(folder / "summary.json", summary)
+    if pairs:
+        write_json(folder / "completions.json", {"pairs": pairs})
+    report = write_report(folder)
+    run = read_run(folder)
+    print(f"\n{headline(run.summary, run.metrics)}\nThe report is {report}; everything else is in {folder}.")

@@ -1,0 +1,120 @@
+"""The same policy here and in `transformers`: one writes, the other reads, and the logits agree.
+
+Torch is optional; where RL_JAX_REQUIRE_PARITY is set, a missing torch fails.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
+
+from rl_jax.data.tokenizer import train_tokenizer
+from rl_jax.models.huggingface import Policy, load_policy, save_policy
+from rl_jax.models.transformer import gpt2, hidden_states, init_params, llama, logits
+
+if "RL_JAX_REQUIRE_PARITY" in os.environ:
+    import torch
+else:
+    torch = pytest.importorskip("torch")
+
+VOCAB = 260
+LLAMA_SHAPE = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 80}
+LLAMA_SHAPE |= {"vocab_size": VOCAB, "max_position_embeddings": 32}
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
+THEIRS = {
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=48, n_layer=2, n_head=4, layer_norm_epsilon=1e-4),
+    "gpt2 narrow": GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=48, n_layer=2, n_head=4, n_inner=32),
+    "llama": LlamaConfig(**LLAMA_SHAPE, num_key_value_heads=2, rope_parameters=ROPE),
+    "llama tied": LlamaConfig(**LLAMA_SHAPE, tie_word_embeddings=True, head_dim=8),
+    "qwen2": Qwen2Config(**LLAMA_SHAPE, num_key_value_heads=1, rms_norm_eps=1e-3),
+    "qwen3": Qwen3Config(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
+}
+OURS = {
+    "gpt2": gpt2(VOCAB, 32, 2, 48, 4, mlp_width=64),
+    "llama": llama(VOCAB, 32, 2, 48, 4, kv_heads=2, rope_theta=500.0, tied=False),
+    "llama tied": llama(VOCAB, 32, 2, 48, 4, head_size=8),
+    "qwen2": llama(VOCAB, 32, 2, 48, 4, kv_heads=1, qkv_bias=True, norm_epsilon=1e-3),
+    "qwen3": llama(VOCAB, 32, 2, 48, 4, kv_heads=2, qk_norm=True, head_size=16, tied=False),
+}
+TOKENS = np.random.default_rng(0).integers(VOCAB, size=(3, 20)).astype(np.int32)
+MASK = np.arange(20) >= np.array([[0], [7], [15]])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["the cat sat on the mat, the cat sat"] * 2, VOCAB)
+
+
+def our_logits(policy):
+    states = hidden_states(policy.params, jnp.asarray(TOKENS), jnp.asarray(MASK), policy.config)
+    return np.asarray(logits(policy.params, states, policy.config))[MASK]
+
+
+def their_logits(model):
+    mask = torch.tensor(MASK)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        output = model.eval()(torch.tensor(TOKENS).long(), attention_mask=mask.long(), position_ids=positions)
+    return output.logits.float().numpy()[MASK]
+
+
+def assert_agree(policy, model):
+    ours, theirs = our_logits(policy), their_logits(model)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert np.std(theirs) > 0.5
+
+
+def random_model(settings, dtype=torch.float32):
+    """A model none of whose parameters is left at 0 or 1."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn_like(parameter)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("settings", THEIRS.values(), ids=THEIRS)
+def test_theirs_read_here(settings, tokenizer, tmp_path):
+    model = random_model(settings)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = load_policy(tmp_path)
+    assert_agree(policy, model)
+    assert sum(x.size for x in jax.tree.leaves(policy.params)) == sum(x.numel() for x in model.parameters())
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ours_read_there(name, tokenizer, tmp_path):
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), OURS[name]))
+    rng = np.random.default_rng(1)
+
+    def fill(path, shape):
+        return rng.normal(path[-1].key == "scale", 0.2, shape.shape).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(fill, shapes)
+    policy = Policy(params, OURS[name], tokenizer)
+    save_policy(tmp_path, policy)
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert model.dtype == torch.float32
+    assert model.config.model_type == name.split()[0]
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert_agree(policy, model)
+
+
+def test_bfloat16_weights_are_read(tokenizer, tmp_path):
+    model = random_model(THEIRS["qwen3"], torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert_agree(load_policy(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
+
+
+def test_the_weights_of_the_model_without_its_head_are_read(tokenizer, tmp_path):
+    model = random_model(THEIRS["gpt2"])
+    model.transformer.save_pretrained(tmp_path)  # as the published GPT-2 was
+    tokenizer.save_pretrained(tmp_path)
+    assert_agree(load_policy(tmp_path), model)
