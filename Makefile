@@ -8,7 +8,7 @@ RUN ?= runs/quickstart
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test slow parity clean
+.PHONY: quickstart test parity clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -19,9 +19,6 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
 	$(BIN)/python -m pytest -q --durations=5
-
-slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q -m slow
 
 # Against the models of transformers in PyTorch, which nothing else here needs; a test that is skipped fails.
 parity: $(VENV)/installed-test
