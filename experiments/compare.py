@@ -18,13 +18,14 @@ from rl_jax.reinforce.advantages import leave_one_out_advantages
 from rl_jax.rewards.compose import Reward
 from rl_jax.rewards.text import score_texts
 from rl_jax.rollout import generate
+from rl_jax.run.progress import show_progress
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.sampling import Sampling, untruncated
 from rl_jax.scoring import Reference, TokenScores, completion_logprobs, completion_states, score_completions
 from rl_jax.types import Array, PyTree, Rollout
 
 PAIRS = 8  # prompts whose completions the report shows
-BLOCK = 32  # prompts that go through the device at once
+BLOCK = 32  # prompts that go through the devices at once, rounded to what they can share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,17 +93,19 @@ def compare(
         return rollout, scores, completion_logprobs(ref, rollout, config, tempered), ref_nats, rewards
 
     mapped_measure = pmapped(measure, mesh, (None, None, None, None, 0, 0, 0), 0)
+    block = max(BLOCK // mesh.size, 1) * mesh.size
+    blocks = np.split(np.arange(len(prompts[0])), range(block, len(prompts[0]), block))
     params = {"before": put(pretrained.params, mesh), "after": put(tuned.params, mesh)}
     key = step_key(seed, Purpose.EVALUATE)
 
     def complete(side: str) -> Side:
-        blocks = [
-            mapped_measure(params[side], params["after"], params["before"], key, index, *(x[index] for x in prompts))
-            for index in np.split(np.arange(len(prompts[0])), range(BLOCK, len(prompts[0]), BLOCK))
-        ]
-        rollout, scores, ref_logprobs, ref_nats, rewards = jax.tree.map(
-            lambda *parts: np.concatenate(parts), *jax.device_get(blocks)
-        )
+        measured = []
+        with show_progress(f"compare {side}", 0, len(blocks)) as progress:
+            for number, index in enumerate(blocks, 1):
+                batch = (key, index, *(x[index] for x in prompts))
+                measured.append(jax.device_get(mapped_measure(params[side], params["after"], params["before"], *batch)))
+                progress.show(number, {})
+        rollout, scores, ref_logprobs, ref_nats, rewards = jax.tree.map(lambda *parts: np.concatenate(parts), *measured)
         texts = decode_completions(pretrained.tokenizer, rollout.completions, rollout.completion_mask)
         if reward.on_text is not None:
             asked = decode_completions(pretrained.tokenizer, rollout.prompts, rollout.prompt_mask)

@@ -128,9 +128,12 @@ def check(settings: Pretraining, text: Text, seed: int) -> None:
     """Raise InputError for settings that cannot work, before anything is trained."""
     if seed < 0:
         raise InputError(f"The seed is {seed}; it must not be negative.")
-    for name in ("steps", "batch_size", "context", "evaluate_every", "checkpoint_every"):
+    for name in ("steps", "batch_size", "microbatches", "evaluate_every", "checkpoint_every"):
         if getattr(settings, name) < 1:
             raise InputError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
+    for name, parts in (("microbatches", settings.microbatches), ("devices", jax.device_count())):
+        if settings.batch_size % parts:
+            raise InputError(f"A batch_size of {settings.batch_size} does not divide into {parts} {name}.")
     needed = settings.batch_size * settings.context + 1
     if len(text.train_tokens) < needed:
         raise InputError(

@@ -9,7 +9,7 @@ Writes the tuned policy, metrics, checkpoints, the comparison of both policies a
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ from rl_jax.run.results import write_results
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.sampling import Sampling
 from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
+
+COUNTS = ("prompts", "group_size", "prompt_length", "completion_length", "steps", "microbatches", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,10 @@ class Config:
     """Continue the run in that folder from its last checkpoint."""
     corpus: str = "bbe"
     """Where prompts come from, as for pretraining: its held-out passages."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What activations are computed in; parameters are float32."""
+    remat: bool = False
+    """Recompute blocks in the backward pass: less memory, about a third more time."""
     seed: int = 0
     """Seed of everything random."""
 
@@ -120,7 +126,7 @@ def make_sampling(settings: Reinforcing, eos: int) -> Sampling:
     return Sampling(settings.completion_length, eos=(eos,), **{name: getattr(settings, name) for name in names})
 
 
-def split_prompts(settings: Reinforcing, tokenizer, passages: list[str]) -> Prompts:
+def split_prompts(settings: Reinforcing, tokenizer: Any, passages: list[str]) -> Prompts:
     """Openings of held-out passages, the first of them kept for the comparison."""
     prompts, mask = passage_openings(tokenizer, passages, settings.prompt_length)
     kept = settings.compare.prompts
@@ -134,14 +140,16 @@ def split_prompts(settings: Reinforcing, tokenizer, passages: list[str]) -> Prom
 
 
 def check(
-    settings: Reinforcing, config: TransformerConfig, reward: Reward, prompts: Prompts, tokenizer, seed: int
+    settings: Reinforcing, config: TransformerConfig, reward: Reward, prompts: Prompts, tokenizer: Any, seed: int
 ) -> None:
     """Raise InputError for settings that cannot work, before anything is trained."""
     if seed < 0:
         raise InputError(f"The seed is {seed}; it must not be negative.")
-    for name in ("prompts", "group_size", "prompt_length", "completion_length", "steps", "checkpoint_every"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
+    counts: dict[str, int] = {name: getattr(settings, name) for name in COUNTS}
+    counts |= {f"compare.{name}": count for name, count in dataclasses.asdict(settings.compare).items()}
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"{name} is {count}; it must be at least 1.")
     check_lengths(settings.prompt_length, make_sampling(settings, tokenizer.eos_token_id), config)
     if settings.temperature == 0:
         raise InputError("A policy learns from sampled completions: give a temperature above 0.")
@@ -152,9 +160,9 @@ def check(
             f"{settings.prompts} prompts x {settings.group_size} completions do not divide into "
             f"{settings.microbatches} microbatches."
         )
-    for name, count in (("prompts", settings.prompts), ("compare.prompts", settings.compare.prompts)):
-        if count % jax.device_count():
-            raise InputError(f"{name} is {count}, which does not divide over {jax.device_count()} devices.")
+    for name in ("prompts", "compare.prompts"):
+        if counts[name] % jax.device_count():
+            raise InputError(f"{name} is {counts[name]}, which does not divide over {jax.device_count()} devices.")
     if reward.on_text is not None:  # a mistake in it should show now rather than after pretraining
         texts = decode_completions(tokenizer, *(part[:4] for part in prompts.train))
         score_texts(reward.on_text, texts, texts)
@@ -189,6 +197,7 @@ def reinforce(
     )
     optimizer = make_optimizer(schedule, settings.weight_decay, settings.clip_norm, (0.9, 0.95))
     advantage_fn = advantage_function(settings)
+    ref_params = put(policy.params, mesh)
 
     def sample(params: PyTree, key: Array, prompts: Array, mask: Array) -> Rollout:
         return generate(params, key, prompts, mask, config, sampling)
@@ -231,7 +240,6 @@ def reinforce(
         asked = decode_completions(tokenizer, rollout.prompts, rollout.prompt_mask)
         return mapped_learn(state, ref_params, rollout, score_texts(reward.on_text, asked, texts))
 
-    ref_params = put(policy.params, mesh)
     state = put(init_state(policy.params, optimizer), mesh)
     identity = dataclasses.asdict(settings) | {"model": dataclasses.asdict(config), "reward": reward.name, "seed": seed}
     checkpoints = open_checkpoints(run / "checkpoints/rl", identity)
@@ -253,7 +261,7 @@ def reinforce(
 def main(config: Config) -> None:
     start = time.perf_counter()
     check_run(config.run, config, config.resume)
-    policy = load_policy(config.policy)
+    policy = load_policy(config.policy, config.dtype, config.remat)
     reward = make_reward(config.reward, policy.tokenizer)
     _, passages = split_held_out(read_passages(config.corpus), HELD_OUT)
     prompts = split_prompts(config.reinforce, policy.tokenizer, passages)

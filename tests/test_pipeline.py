@@ -182,6 +182,12 @@ MISTAKES = {
     "vocabulary": ("pretrain.vocab_size", 100_000, "vocabulary"),
     "unknown reward": ("reward", RewardConfig(("sentimant",)), "sentiment"),
     "reward that raises": ("reward", RewardConfig(("tests.rewards_for_tests:broken",)), "broken"),
+    "no microbatches": ("reinforce.microbatches", 0, "microbatches"),
+    "no comparison": ("reinforce.compare.completions", 0, "compare.completions"),
+    "no layers": ("pretrain.layers", 0, "layers"),
+    "no heads": ("pretrain.heads", 0, "heads"),
+    "pretraining devices": ("pretrain.batch_size", 12, "devices"),
+    "pretraining microbatches": ("pretrain.microbatches", 3, "microbatches"),
     "seed": ("seed", -1, "seed"),
     "prompts": ("reinforce.compare.prompts", 8_000, "passages"),
 }

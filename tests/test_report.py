@@ -171,7 +171,7 @@ def test_first_screen_tells_the_result(page):
     assert "experiments/pipeline.py · cpu x 1 · seed 7" in head
     assert (
         "Tuning raised the mean reward (sentiment) from 0.118 to 0.643 at an exact KL of 8.74 nats a completion; "
-        "the tuned completion wins on 87.1% of prompts." in head
+        "its completions win 87.1% of pairs with the pretrained." in head
     )
     assert "Parameters5.77million" in head and "Time1.50h" in head
 

@@ -66,6 +66,9 @@ class TransformerConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.type is int and getattr(self, field.name) < 1:
+                raise InputError(f"A model's {field.name} must be at least 1, not {getattr(self, field.name)}.")
         if self.heads % self.kv_heads:
             raise InputError(f"{self.heads} heads cannot share {self.kv_heads} key-value heads evenly.")
         if self.positions == "rotary" and self.head_size % 2:
@@ -73,7 +76,7 @@ class TransformerConfig:
 
 
 def _head_size(width: int, heads: int) -> int:
-    if width % heads:
+    if heads < 1 or width % heads:
         raise InputError(f"A width of {width} does not divide into {heads} heads.")
     return width // heads
 

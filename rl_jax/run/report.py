@@ -60,7 +60,7 @@ class Cells(NamedTuple):
 MEASURES = {
     "reward": Measure("Reward", "mean a completion", "reward_before", "reward_after"),
     "kl": Measure("Exact KL", "nats a completion, tuned from pretrained", "", "kl"),
-    "win_rate": Measure("Win rate", "of prompts, tuned over pretrained", "", "win_rate", True),
+    "win_rate": Measure("Win rate", "of pairs, tuned over pretrained on one prompt", "", "win_rate", True),
     "length": Measure("Completion length", "tokens", "length_before", "length_after"),
     "truncated": Measure("Truncated", "of completions", "truncated_before", "truncated_after", True),
     "perplexity": Measure(
@@ -280,7 +280,7 @@ def _reward_sentence(summary: dict[str, Any], reward: Cells, kl: Cells, win: Cel
     if kl.after != MISSING:
         sentence += f" at an exact KL of {kl.after} nats a completion"
     if win.after != MISSING:
-        sentence += f"; the tuned completion wins on {win.after} of prompts"
+        sentence += f"; its completions win {win.after} of pairs with the pretrained"
     return sentence.rstrip(",") + "."
 
 
