@@ -22,7 +22,7 @@ test: $(VENV)/installed-test
 
 # Against the models of transformers in PyTorch, which nothing else here needs; a test that is skipped fails.
 parity: $(VENV)/installed-test
-	$(BIN)/pip install -q "torch==2.13.0"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[parity]" "torch==2.13.0"
 	RL_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -q tests/test_parity.py
 
 $(VENV)/installed: pyproject.toml constraints.txt

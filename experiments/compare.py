@@ -45,7 +45,7 @@ class Side(NamedTuple):
         rollout: its completions.
         scores: what the tuned policy says of them, with the exact KL from the pretrained one.
         ref_logprobs: what the pretrained policy says of them, at the sampling temperature. [B, C].
-        ref_nats: the same at temperature 1, negative and summed. [B].
+        ref_nats: minus the log-probability of the whole completion under the pretrained policy at temperature 1. [B].
         rewards: [B].
     """
 
@@ -65,7 +65,7 @@ def compare(
     sampling: Sampling,
     seed: int,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Complete the same prompts with both policies, from the same random numbers.
+    """Complete the same prompts with both policies, each with random numbers of its own.
 
     Args:
         settings: how many completions.
@@ -96,13 +96,13 @@ def compare(
     block = max(BLOCK // mesh.size, 1) * mesh.size
     blocks = np.split(np.arange(len(prompts[0])), range(block, len(prompts[0]), block))
     params = {"before": put(pretrained.params, mesh), "after": put(tuned.params, mesh)}
-    key = step_key(seed, Purpose.EVALUATE)
+    keys = {side: step_key(seed, Purpose.EVALUATE, number) for number, side in enumerate(params)}
 
     def complete(side: str) -> Side:
         measured = []
         with show_progress(f"compare {side}", 0, len(blocks)) as progress:
             for number, index in enumerate(blocks, 1):
-                batch = (key, index, *(x[index] for x in prompts))
+                batch = (keys[side], index, *(x[index] for x in prompts))
                 measured.append(jax.device_get(mapped_measure(params[side], params["after"], params["before"], *batch)))
                 progress.show(number, {})
         rollout, scores, ref_logprobs, ref_nats, rewards = jax.tree.map(lambda *parts: np.concatenate(parts), *measured)

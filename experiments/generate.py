@@ -15,7 +15,7 @@ from rich.text import Text
 
 from rl_jax.data.prompts import decode_completions, encode_prompts
 from rl_jax.errors import InputError
-from rl_jax.keys import Purpose, step_key
+from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.models.huggingface import load_policy
 from rl_jax.rollout import generate
 from rl_jax.run.loop import run_main
@@ -53,6 +53,9 @@ class Config:
 
 
 def main(config: Config) -> None:
+    check_seed(config.seed)
+    if config.completions < 1 or config.length < 1:
+        raise InputError(f"completions is {config.completions} and length {config.length}; both must be at least 1.")
     policy = load_policy(config.policy, config.dtype)
     tokenizer, mesh, console = policy.tokenizer, make_mesh(), Console()
     sampling = Sampling(

@@ -20,7 +20,7 @@ from rl_jax.rewards.compose import RewardConfig, make_reward
 from rl_jax.run.folder import check_run, open_run, write_json
 from rl_jax.run.loop import run_main
 from rl_jax.run.metrics import open_metrics
-from rl_jax.run.results import timed, write_results
+from rl_jax.run.results import report_if_stopped, timed, write_results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Config:
     corpus: str = "bbe"
     """bbe (Bible in Basic English), sotu or chitchat; or a .txt, .jsonl or .parquet file, or a folder of them."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of everything random but the held-out passages, which are the same for all seeds."""
     pretrain: Pretraining = Pretraining()
     reward: RewardConfig = RewardConfig()
     reinforce: Reinforcing = Reinforcing()
@@ -51,14 +51,14 @@ def main(config: Config) -> None:
     check_pretraining(config.pretrain, text, config.seed)
     check_reinforcing(config.reinforce, model, reward, prompts, text.tokenizer, config.seed)
 
-    run = open_run(config.run, "experiments/pipeline.py", config, config.resume)
+    run = open_run(config.run, "experiments/pipeline.py", config)
     text.tokenizer.save_pretrained(run / "policy")
     writer = open_metrics(run)
-    with timed(seconds, "pretrain"):
+    with timed(seconds, "pretrain"), report_if_stopped(run):
         pretrained, summary = pretrain(config.pretrain, text, config.seed, run, writer)
     save_policy(run / "pretrained", pretrained)
     write_json(run / "summary.json", summary)  # for the report of a run that stops after this
-    with timed(seconds, "rl"):
+    with timed(seconds, "rl"), report_if_stopped(run):
         tuned = reinforce(config.reinforce, pretrained, reward, prompts, config.seed, run, writer)
     save_policy(run / "policy", tuned)
     writer.close()

@@ -23,7 +23,7 @@ from rl_jax.data.batches import held_out_batches, packed_batch
 from rl_jax.data.corpus import encode_passages, read_passages, split_held_out
 from rl_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from rl_jax.errors import InputError
-from rl_jax.keys import Purpose, step_key
+from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.learner import apply_gradients, held_out_nats, init_state, make_optimizer, pretrain_gradient
 from rl_jax.models.huggingface import Policy, save_policy
 from rl_jax.models.transformer import TransformerConfig, gpt2, init_params, llama
@@ -31,7 +31,7 @@ from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_c
 from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.loop import run_main, train
 from rl_jax.run.metrics import MetricsWriter, open_metrics
-from rl_jax.run.results import write_results
+from rl_jax.run.results import report_if_stopped, write_results
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.types import Array, Metrics, PyTree, TrainState
 
@@ -70,7 +70,7 @@ class Pretraining:
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW; it decays to a tenth along a cosine."""
     warmup: int = 40
-    """Updates in which the learning rate rises from 0."""
+    """Updates in which the learning rate rises to its peak, if there are so many."""
     weight_decay: float = 0.1
     """Weight decay of matrices."""
     clip_norm: float = 1.0
@@ -93,7 +93,7 @@ class Config:
     corpus: str = "bbe"
     """bbe (Bible in Basic English), sotu or chitchat; or a .txt, .jsonl or .parquet file, or a folder of them."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of everything random but the held-out passages, which are the same for all seeds."""
 
 
 class Text(NamedTuple):
@@ -126,14 +126,16 @@ def model_config(settings: Pretraining) -> TransformerConfig:
 
 def check(settings: Pretraining, text: Text, seed: int) -> None:
     """Raise InputError for settings that cannot work, before anything is trained."""
-    if seed < 0:
-        raise InputError(f"The seed is {seed}; it must not be negative.")
+    check_seed(seed)
+    check_optimizer(settings.learning_rate, settings.warmup, settings.weight_decay, settings.clip_norm)
     for name in ("steps", "batch_size", "microbatches", "evaluate_every", "checkpoint_every"):
         if getattr(settings, name) < 1:
             raise InputError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
-    for name, parts in (("microbatches", settings.microbatches), ("devices", jax.device_count())):
-        if settings.batch_size % parts:
-            raise InputError(f"A batch_size of {settings.batch_size} does not divide into {parts} {name}.")
+    if settings.batch_size % (settings.microbatches * jax.device_count()):
+        raise InputError(
+            f"A batch_size of {settings.batch_size} does not divide into {settings.microbatches} microbatches over "
+            f"{jax.device_count()} devices."
+        )
     needed = settings.batch_size * settings.context + 1
     if len(text.train_tokens) < needed:
         raise InputError(
@@ -142,10 +144,21 @@ def check(settings: Pretraining, text: Text, seed: int) -> None:
         )
 
 
+def check_optimizer(learning_rate: float, warmup: int, weight_decay: float, clip_norm: float) -> None:
+    """Raise InputError for numbers that AdamW cannot learn with."""
+    numbers = {"learning_rate": learning_rate, "clip_norm": clip_norm}
+    for name, value in numbers.items():
+        if not 0 < value < math.inf:
+            raise InputError(f"{name} is {value}; it must be a number above 0.")
+    for name, value in {"warmup": warmup, "weight_decay": weight_decay}.items():
+        if not 0 <= value < math.inf:
+            raise InputError(f"{name} is {value}; it must be a number of at least 0.")
+
+
 def learning_rate(settings: Pretraining) -> optax.Schedule:
     """Linear warm-up to the peak, then a cosine to a tenth of it."""
-    peak, steps = settings.learning_rate, settings.steps
-    return optax.warmup_cosine_decay_schedule(0.0, peak, min(settings.warmup, steps - 1), steps, peak / 10)
+    peak, steps, warmup = settings.learning_rate, settings.steps, min(settings.warmup, settings.steps - 1)
+    return optax.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, steps, peak / 10)
 
 
 def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: MetricsWriter) -> tuple[Policy, dict]:
@@ -215,10 +228,11 @@ def main(config: Config) -> None:
     check_run(config.run, config, config.resume)
     text = load_text(config.corpus, config.pretrain.vocab_size, config.run / "policy" if config.resume else None)
     check(config.pretrain, text, config.seed)
-    run = open_run(config.run, "experiments/pretrain.py", config, config.resume)
+    run = open_run(config.run, "experiments/pretrain.py", config)
     text.tokenizer.save_pretrained(run / "policy")
     writer = open_metrics(run)
-    policy, summary = pretrain(config.pretrain, text, config.seed, run, writer)
+    with report_if_stopped(run):
+        policy, summary = pretrain(config.pretrain, text, config.seed, run, writer)
     writer.close()
     save_policy(run / "policy", policy)
     write_results(run, summary | {"seed": config.seed, "seconds": time.perf_counter() - start})

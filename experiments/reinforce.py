@@ -7,6 +7,7 @@ Writes the tuned policy, metrics, checkpoints, the comparison of both policies a
 """
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,11 +19,11 @@ import optax
 import tyro
 
 from experiments.compare import Comparing, compare
-from experiments.pretrain import HELD_OUT
+from experiments.pretrain import HELD_OUT, check_optimizer
 from rl_jax.data.corpus import read_passages, split_held_out
 from rl_jax.data.prompts import decode_completions, passage_openings, prompt_batch
 from rl_jax.errors import InputError
-from rl_jax.keys import Purpose, step_key
+from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.learner import AdvantageFn, init_state, make_optimizer, reinforce_update
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
 from rl_jax.models.transformer import TransformerConfig
@@ -38,7 +39,7 @@ from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_c
 from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.loop import run_main, train
 from rl_jax.run.metrics import MetricsWriter, open_metrics
-from rl_jax.run.results import write_results
+from rl_jax.run.results import report_if_stopped, write_results
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.sampling import Sampling
 from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
@@ -79,7 +80,7 @@ class Reinforcing:
     learning_rate: float = 3e-4
     """Learning rate of AdamW after the warm-up."""
     warmup: int = 5
-    """Updates in which the learning rate rises from 0."""
+    """Updates in which the learning rate rises to that."""
     weight_decay: float = 0.0
     """Weight decay of matrices."""
     clip_norm: float = 1.0
@@ -110,7 +111,7 @@ class Config:
     remat: bool = False
     """Recompute blocks in the backward pass: less memory, about a third more time."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of everything random but the held-out passages, which are the same for all seeds."""
 
 
 class Prompts(NamedTuple):
@@ -127,7 +128,7 @@ def make_sampling(settings: Reinforcing, eos: int) -> Sampling:
 
 
 def split_prompts(settings: Reinforcing, tokenizer: Any, passages: list[str]) -> Prompts:
-    """Openings of held-out passages, the first of them kept for the comparison."""
+    """Openings of held-out passages, some from all over the corpus kept for the comparison."""
     prompts, mask = passage_openings(tokenizer, passages, settings.prompt_length)
     kept = settings.compare.prompts
     if len(prompts) < kept + settings.prompts:
@@ -136,15 +137,19 @@ def split_prompts(settings: Reinforcing, tokenizer: Any, passages: list[str]) ->
             f"{settings.prompts} prompts an update and {kept} to compare on need {kept + settings.prompts}. "
             "Give more text, fewer prompts or shorter ones."
         )
-    return Prompts((prompts[kept:], mask[kept:]), (prompts[:kept], mask[:kept]))
+    chosen = np.zeros(len(prompts), bool)
+    chosen[np.arange(kept) * len(prompts) // max(kept, 1)] = True
+    return Prompts((prompts[~chosen], mask[~chosen]), (prompts[chosen], mask[chosen]))
 
 
 def check(
     settings: Reinforcing, config: TransformerConfig, reward: Reward, prompts: Prompts, tokenizer: Any, seed: int
 ) -> None:
     """Raise InputError for settings that cannot work, before anything is trained."""
-    if seed < 0:
-        raise InputError(f"The seed is {seed}; it must not be negative.")
+    check_seed(seed)
+    check_optimizer(settings.learning_rate, settings.warmup, settings.weight_decay, settings.clip_norm)
+    if not 0 <= settings.kl_coefficient < math.inf:
+        raise InputError(f"kl_coefficient is {settings.kl_coefficient}; it must be a number of at least 0.")
     counts: dict[str, int] = {name: getattr(settings, name) for name in COUNTS}
     counts |= {f"compare.{name}": count for name, count in dataclasses.asdict(settings.compare).items()}
     for name, count in counts.items():
@@ -155,10 +160,10 @@ def check(
         raise InputError("A policy learns from sampled completions: give a temperature above 0.")
     if settings.baseline == "leave_one_out" and settings.group_size < 2:
         raise InputError("The leave_one_out baseline needs a group_size of at least 2, or take another baseline.")
-    if settings.prompts * settings.group_size % settings.microbatches:
+    if settings.prompts * settings.group_size % (settings.microbatches * jax.device_count()):
         raise InputError(
             f"{settings.prompts} prompts x {settings.group_size} completions do not divide into "
-            f"{settings.microbatches} microbatches."
+            f"{settings.microbatches} microbatches over {jax.device_count()} devices."
         )
     for name in ("prompts", "compare.prompts"):
         if counts[name] % jax.device_count():
@@ -266,9 +271,10 @@ def main(config: Config) -> None:
     _, passages = split_held_out(read_passages(config.corpus), HELD_OUT)
     prompts = split_prompts(config.reinforce, policy.tokenizer, passages)
     check(config.reinforce, policy.config, reward, prompts, policy.tokenizer, config.seed)
-    run = open_run(config.run, "experiments/reinforce.py", config, config.resume)
+    run = open_run(config.run, "experiments/reinforce.py", config)
     writer = open_metrics(run)
-    tuned = reinforce(config.reinforce, policy, reward, prompts, config.seed, run, writer)
+    with report_if_stopped(run):
+        tuned = reinforce(config.reinforce, policy, reward, prompts, config.seed, run, writer)
     writer.close()
     save_policy(run / "policy", tuned)
     sampling = make_sampling(config.reinforce, policy.tokenizer.eos_token_id)

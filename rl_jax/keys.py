@@ -4,6 +4,7 @@ import enum
 
 import jax
 
+from rl_jax.errors import InputError
 from rl_jax.types import Array
 
 
@@ -13,6 +14,12 @@ class Purpose(enum.IntEnum):
     INIT = 0
     SAMPLE = 1
     EVALUATE = 2
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError for a seed that JAX would take modulo 2^32."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"The seed is {seed}; it must be at least 0 and below 2^32.")
 
 
 def step_key(seed: int, purpose: Purpose, step: int = 0) -> Array:

@@ -164,7 +164,7 @@ def reinforce_update(
     Returns:
         The state after, and metrics: those of `reinforce_gradient` and `apply_gradients`; reward and reward_std;
         kl_k1 (nats a completion); length (tokens); truncated (share of completions); zero_signal_groups (share of
-        groups); tokens (sampled in all).
+        groups, where G is more than 1); tokens (sampled in all).
     """
     mask = rollout.completion_mask
     ref_states = completion_states(ref_params, rollout, config)
@@ -187,12 +187,13 @@ def reinforce_update(
     )
     state, applied = apply_gradients(state, grads, optimizer)
     state = dataclasses.replace(state, baseline=jnp.where(jnp.isfinite(baseline), baseline, state.baseline))
+    if sampling.group_size > 1:
+        metrics["zero_signal_groups"] = zero_signal_groups(rewards, sampling.group_size)
     return state, metrics | applied | {
         "reward": jnp.mean(rewards),
         "reward_std": jnp.std(rewards),
         "kl_k1": masked_sum(kl, mask) / len(rewards),
         "length": jnp.mean(jnp.sum(mask, axis=1, dtype=jnp.float32)),
         "truncated": jnp.mean(rollout.truncated, dtype=jnp.float32),
-        "zero_signal_groups": zero_signal_groups(rewards, sampling.group_size),
         "tokens": jnp.sum(mask),
     }

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from rl_jax.errors import InputError
-from rl_jax.run.folder import describe_differences, differences, open_run, write_json
+from rl_jax.run.folder import check_run, describe_differences, differences, open_run, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,13 @@ class Config:
     resume: bool = False
 
 
+def check_and_open(folder, config, **more):
+    check_run(folder, config, config.resume, **more)
+    return open_run(folder, "s.py", config)
+
+
 def test_a_new_run_says_what_it_is(tmp_path):
-    folder = open_run(tmp_path / "runs" / "one", "experiments/some.py", Config(), resume=False)
+    folder = open_run(tmp_path / "runs" / "one", "experiments/some.py", Config())
     written = json.loads((folder / "config.json").read_text())
     assert written["script"] == "experiments/some.py"
     assert written["config"] == {
@@ -36,30 +41,30 @@ def test_a_new_run_says_what_it_is(tmp_path):
 
 
 def test_a_folder_that_is_taken_is_refused(tmp_path):
-    open_run(tmp_path / "one", "s.py", Config(), resume=False)
+    check_and_open(tmp_path / "one", Config())
     with pytest.raises(InputError, match=r"one exists; give another --run, remove it, or continue it with --resume"):
-        open_run(tmp_path / "one", "s.py", Config(), resume=False)
+        check_and_open(tmp_path / "one", Config())
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file exists"):
-        open_run(tmp_path / "file", "s.py", Config(), resume=False)
+        check_and_open(tmp_path / "file", Config())
     (tmp_path / "empty").mkdir()
-    open_run(tmp_path / "empty", "s.py", Config(), resume=False)
+    check_and_open(tmp_path / "empty", Config())
 
 
 def test_resuming_asks_for_the_run_that_was_there(tmp_path):
     with pytest.raises(InputError, match="no run to resume"):
-        open_run(tmp_path / "none", "s.py", Config(resume=True), resume=True)
+        check_and_open(tmp_path / "none", Config(resume=True))
     assert not (tmp_path / "none").exists()
-    open_run(tmp_path / "one", "s.py", Config(), resume=False)
-    open_run(tmp_path / "one", "s.py", Config(resume=True), resume=True)
+    check_and_open(tmp_path / "one", Config())
+    check_and_open(tmp_path / "one", Config(resume=True))
     other = Config(Model(width=32), steps=20, resume=True)
     with pytest.raises(InputError, match=r"model.width was 64 and is now 32; steps was 10 and is now 20"):
-        open_run(tmp_path / "one", "s.py", other, resume=True)
-    open_run(tmp_path / "one", "s.py", other, resume=True, may_differ=("resume", "steps", "model.width"))
+        check_and_open(tmp_path / "one", other)
+    check_and_open(tmp_path / "one", other, may_differ=("resume", "steps", "model.width"))
     assert json.loads((tmp_path / "one" / "config.json").read_text())["config"]["steps"] == 20
     (tmp_path / "one" / "config.json").write_text('{"config"')
     with pytest.raises(InputError, match="cannot be read"):
-        open_run(tmp_path / "one", "s.py", Config(resume=True), resume=True)
+        check_and_open(tmp_path / "one", Config(resume=True))
 
 
 def test_differences_are_named_by_their_path():

@@ -205,8 +205,11 @@ def test_gradient_is_that_of_literal_pmap():
 
 
 def test_gradient_and_metrics_do_not_depend_on_devices_or_microbatches():
+    rollout, advantages = batch()
+    moved = dataclasses.replace(rollout, behavior_logprobs=rollout.behavior_logprobs + 1)  # a gap that is no rounding
     gradient = pmapped(whole_gradient(microbatches=2), make_mesh(), (None, None, 0, 0), None)
-    assert_same(gradient(PARAMS, REF_PARAMS, *batch()), plain_gradient(PARAMS, REF_PARAMS, *batch()))
+    arguments = (PARAMS, REF_PARAMS, moved, advantages)
+    assert_same(gradient(*arguments), plain_gradient(*arguments))
 
 
 def test_metrics_by_hand():

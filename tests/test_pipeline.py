@@ -165,6 +165,7 @@ def test_control_c_saves_and_says_how_to_continue(long_config):
     output = "".join(process.communicate(timeout=120))
     assert process.returncode == 130
     assert "--resume" in output and "Traceback" not in output
+    assert "Unfinished" in (long_config.run / "report.html").read_text("utf-8")
     saved = max(int(path.name) for path in (long_config.run / "checkpoints/rl").iterdir() if path.name.isdigit())
     assert saved == max(step for stage, step in rows(long_config.run) if stage == "rl") + 1
 
@@ -189,6 +190,11 @@ MISTAKES = {
     "pretraining devices": ("pretrain.batch_size", 12, "devices"),
     "pretraining microbatches": ("pretrain.microbatches", 3, "microbatches"),
     "seed": ("seed", -1, "seed"),
+    "large seed": ("seed", 2**32, "seed"),
+    "warmup": ("reinforce.warmup", -1, "warmup"),
+    "clipping": ("pretrain.clip_norm", -1.0, "clip_norm"),
+    "learning rate": ("reinforce.learning_rate", float("nan"), "learning_rate"),
+    "penalty": ("reinforce.kl_coefficient", float("inf"), "kl_coefficient"),
     "prompts": ("reinforce.compare.prompts", 8_000, "passages"),
 }
 
@@ -199,7 +205,7 @@ def test_a_mistake_is_one_clear_error_before_anything_is_trained(config, name):
     with pytest.raises(InputError, match=shown):
         pipeline.main(change(config, setting, value))
     assert not (config.run / "metrics.jsonl").exists()
-    pipeline.open_run(config.run, "experiments/pipeline.py", config, resume=False)  # the folder is free again
+    pipeline.check_run(config.run, config, resume=False)  # the folder is free again
 
 
 def test_a_run_folder_is_not_written_over(config):

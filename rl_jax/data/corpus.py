@@ -138,7 +138,7 @@ def _chitchat_conversations() -> Iterator[str]:
 
 
 def _path_texts(path: Path) -> Iterator[str]:
-    if not path.exists():
+    if not path.name or not path.exists():
         raise InputError(f"no corpus {path}: give bbe, sotu, chitchat, or the path of a file or folder")
     files = [path]
     if path.is_dir():

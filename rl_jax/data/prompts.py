@@ -41,7 +41,7 @@ def passage_openings(
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], context: int, completion_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes prompts as the tokenizer does by itself, left-padded to P, the longest of them.
+    """Encodes prompts, without special tokens, left-padded to P, the longest of them.
 
     Returns:
         Prompts int32 [N, P], padded with the end-of-sequence id, and their mask bool [N, P].
@@ -51,9 +51,9 @@ def encode_prompts(
     """
     if not texts:
         raise InputError("no prompt was given")
-    rows = tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
+    rows = encode_texts(tokenizer, texts)
     for text, ids in zip(texts, rows, strict=True):
-        if not ids:
+        if not len(ids):
             raise InputError(f"the prompt {text!r} is empty: give at least one token")
         if len(ids) + completion_length > context:
             raise InputError(
@@ -116,7 +116,7 @@ def _shortened(text: str, characters: int = 60) -> str:
 
 
 def _left_padded(
-    rows: Sequence[np.ndarray] | Sequence[list[int]], width: int, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[np.ndarray], width: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of token ids as int32 [N, width], padded with the end-of-sequence id, and their mask bool [N, width]."""
     mask = np.arange(width) >= width - np.array([[len(row)] for row in rows])

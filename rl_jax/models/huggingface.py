@@ -60,7 +60,7 @@ def family(config: TransformerConfig) -> Family:
     """The family that a configuration belongs to; InputError where `transformers` has none like it."""
     shape = (config.vocab_size, config.context, config.layers, config.width, config.heads)
     free = {name: getattr(config, name) for name in ("mlp_width", "norm_epsilon", "dtype", "remat")}
-    if config == gpt2(*shape, **free):
+    if config.positions == "learned" and config == gpt2(*shape, **free):
         return "gpt2"
     free |= {name: getattr(config, name) for name in ("kv_heads", "head_size", "tied", "rope_theta")}
     families: dict[Family, dict[str, bool]] = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
@@ -130,10 +130,10 @@ def from_tensors(tensors: Mapping[str, np.ndarray], config: TransformerConfig) -
     return unflatten_dict(flat, sep="/")
 
 
-def to_settings(config: TransformerConfig, eos_token_id: int) -> dict[str, Any]:
+def to_settings(config: TransformerConfig, eos_token_id: int, bos_token_id: int | None = None) -> dict[str, Any]:
     """The model's configuration as the dict of a `transformers` config.json."""
     common = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tied, "dtype": "float32"}
-    common |= {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    common |= {"bos_token_id": eos_token_id if bos_token_id is None else bos_token_id, "eos_token_id": eos_token_id}
     name = family(config)
     if name == "gpt2":
         return common | {
@@ -169,6 +169,8 @@ def from_settings(settings: Mapping[str, Any]) -> TransformerConfig:
     Raises:
         InputError: a family, an activation or a rotary scaling that the Transformer here does not have.
     """
+    if not isinstance(settings, Mapping):
+        raise InputError("The model's config.json holds no JSON object.")
     name = settings.get("model_type")
     if name not in ("gpt2", "llama", "qwen2", "qwen3"):
         raise InputError(f"Models of type {name!r} are not supported; gpt2, llama, qwen2 and qwen3 are.")
@@ -176,6 +178,8 @@ def from_settings(settings: Mapping[str, Any]) -> TransformerConfig:
         return _from_gpt2(settings) if name == "gpt2" else _from_llama(settings)
     except KeyError as error:
         raise InputError(f"The model's config.json lacks {error}.") from error
+    except TypeError as error:
+        raise InputError(f"The model's config.json has a setting of the wrong type ({error}).") from error
 
 
 def _from_gpt2(settings: Mapping[str, Any]) -> TransformerConfig:
@@ -225,7 +229,7 @@ def _require(settings: Mapping[str, Any], name: str, value: Any) -> None:
 
 def save_policy(folder: Path, policy: Policy) -> None:
     """Write a policy so that `transformers` and `load_policy` read it."""
-    settings = to_settings(policy.config, policy.tokenizer.eos_token_id)
+    settings = to_settings(policy.config, policy.tokenizer.eos_token_id, policy.tokenizer.bos_token_id)
     folder.mkdir(parents=True, exist_ok=True)
     policy.tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
@@ -257,4 +261,11 @@ def load_policy(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32",
         tensors = load_file(folder / "model.safetensors")
     except SafetensorError as error:
         raise InputError(f"{folder / 'model.safetensors'} cannot be read ({error}); copy or train it again.") from error
-    return Policy(from_tensors(tensors, config), config, load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"The tokenizer in {folder} has no end-of-sequence token, which is what ends a completion.")
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"The tokenizer in {folder} has {len(tokenizer)} tokens, and the model a vocabulary of {config.vocab_size}."
+        )
+    return Policy(from_tensors(tensors, config), config, tokenizer)

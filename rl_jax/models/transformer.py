@@ -84,14 +84,14 @@ def _head_size(width: int, heads: int) -> int:
 def gpt2(vocab_size: int, context: int, layers: int, width: int, heads: int, **changes: Any) -> TransformerConfig:
     """GPT-2 (Radford 2019): learned positions, LayerNorm, GELU, biases, tied embeddings."""
     settings: dict[str, Any] = {"positions": "learned", "norm": "layer", "mlp": "gelu", "bias": True, "qkv_bias": True}
-    size = _head_size(width, heads)
+    size = changes.get("head_size") or _head_size(width, heads)
     settings |= {"kv_heads": heads, "head_size": size, "mlp_width": 4 * width} | changes
     return TransformerConfig(vocab_size, context, layers, width, heads, **settings)
 
 
 def llama(vocab_size: int, context: int, layers: int, width: int, heads: int, **changes: Any) -> TransformerConfig:
     """Llama (Touvron 2023): RoPE, RMSNorm, SwiGLU of 8/3 the width, no biases, grouped-query attention on request."""
-    size = _head_size(width, heads)
+    size = changes.get("head_size") or _head_size(width, heads)
     settings: dict[str, Any] = {"kv_heads": heads, "head_size": size, "mlp_width": -(-8 * width // 3 // 32) * 32}
     settings |= changes
     return TransformerConfig(vocab_size, context, layers, width, heads, **settings)
@@ -235,10 +235,9 @@ class Transformer(nn.Module):
     ) -> tuple[Array, tuple[tuple[Array, Array], ...]]:
         """States [B, S, D] after the final norm, and the keys and values of each layer."""
         c = self.config
-        x = self.embedding(tokens)
+        x = self.embedding(tokens).astype(c.dtype)
         if c.positions == "learned":
-            x = x + self.position_embedding(positions)
-        x = x.astype(c.dtype)
+            x = x + self.position_embedding(positions).astype(c.dtype)
         kept = []
         for block, slot in zip(self.blocks, slots or (None,) * c.layers, strict=True):
             x, pair = block(x, positions, mask, slot)

@@ -75,7 +75,7 @@ def moving_average_advantages(rewards: Array, baseline: Array, decay: float) -> 
 
 
 def zero_signal_groups(rewards: Array, group_size: int) -> Array:
-    """Share of groups whose rewards are all equal, and which therefore teach nothing. [B] -> []."""
+    """Share of groups whose rewards are all equal: less a mean of the group, they teach nothing. [B] -> []."""
     chex.assert_rank(rewards, 1)
     groups = rewards.reshape(-1, group_size)
     return jnp.mean(jnp.all(groups == groups[:, :1], axis=1).astype(jnp.float32))

@@ -12,7 +12,7 @@ from rl_jax.errors import InputError
 from rl_jax.run.metrics import describe_device, versions
 
 
-def check_run(folder: str | Path, config: Any, resume: bool, may_differ: Collection[str] = ("resume",)) -> None:
+def check_run(folder: str | Path, config: Any, resume: bool, may_differ: Collection[str] = ("run", "resume")) -> None:
     """Checks that a new run's folder is free, or that the run to be resumed is the one in it; writes nothing.
 
     Args:
@@ -31,25 +31,14 @@ def check_run(folder: str | Path, config: Any, resume: bool, may_differ: Collect
         raise InputError(f"{folder} exists; give another --run, remove it, or continue it with --resume.")
 
 
-def open_run(
-    folder: str | Path, script: str, config: Any, resume: bool, may_differ: Collection[str] = ("resume",)
-) -> Path:
-    """Makes the folder of a run that `check_run` accepts, and writes its config.json.
+def open_run(folder: str | Path, script: str, config: Any) -> Path:
+    """Makes the folder of a run that `check_run` has accepted, writes its config.json, and returns the folder.
 
     Args:
-        folder: as for `check_run`, and so are the others.
+        folder: the run's folder.
         script: the script that runs, such as "experiments/pipeline.py".
-        config: its settings.
-        resume: whether it continues.
-        may_differ: settings that may differ then.
-
-    Returns:
-        The folder.
-
-    Raises:
-        InputError: as `check_run`.
+        config: its settings, a dataclass.
     """
-    check_run(folder, config, resume, may_differ)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"script": script, "config": jsonable(config), "device": describe_device(), "versions": versions()}

@@ -108,6 +108,8 @@ def run_main(main: Callable[[Any], None], config_class: type, args: Sequence[str
         main(tyro.cli(config_class, args=args))
     except InputError as error:
         _exit(2, f"error: {error}", "bold red")
+    except OSError as error:  # a folder that cannot be written, a full disk
+        _exit(2, f"error: {error}", "bold red")
     except RunFailed as error:
         _exit(1, f"error: {error}", "bold red")
     except Interrupted as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_jax.run.folder import write_json
+from rl_jax.run.loop import Interrupted, RunFailed
 from rl_jax.run.report import headline, read_run, write_report
 
 
@@ -16,6 +17,16 @@ def timed(seconds: dict[str, float], stage: str) -> Generator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def report_if_stopped(folder: Path) -> Generator[None]:
+    """Writes the report of what there is when the run within the context is stopped or fails."""
+    try:
+        yield
+    except (Interrupted, RunFailed):
+        write_report(folder)
+        raise
 
 
 def write_results(folder: Path, summary: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]] = ()) -> None:
