@@ -1,6 +1,7 @@
 """The house stands as the README draws it: imports point downwards, and each tool stays in its room."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,9 @@ def test_files_stay_short(name):
     path = ROOT / Path(*name.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     assert len(path.read_text("utf-8").splitlines()) <= 400
+
+
+def test_what_is_not_python_is_packaged_too():
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"]
+    others = [path for path in (ROOT / "rl_jax").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert {".".join(path.parent.relative_to(ROOT).parts): [path.name] for path in others} == packaged
