@@ -106,8 +106,8 @@ def compare(
                 measured.append(jax.device_get(mapped_measure(params[side], params["after"], params["before"], *batch)))
                 progress.show(number, {})
         rollout, scores, ref_logprobs, ref_nats, rewards = jax.tree.map(lambda *parts: np.concatenate(parts), *measured)
-        texts = decode_completions(pretrained.tokenizer, rollout.completions, rollout.completion_mask)
         if reward.on_text is not None:
+            texts = decode_completions(pretrained.tokenizer, rollout.completions, rollout.completion_mask)
             asked = decode_completions(pretrained.tokenizer, rollout.prompts, rollout.prompt_mask)
             rewards = rewards + score_texts(reward.on_text, asked, texts)
         return Side(rollout, scores, ref_logprobs, ref_nats, rewards)

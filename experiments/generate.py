@@ -1,7 +1,9 @@
-"""Complete prompts with a policy: those given, or those typed at a prompt.
+"""Complete prompts with a policy.
 
-python experiments/generate.py --policy runs/pipeline/policy --prompts "And the king" "In that day"
-python experiments/generate.py --policy runs/pipeline/policy
+    python experiments/generate.py --policy runs/pipeline/policy --prompts "And the king" "In that day"
+    python experiments/generate.py --policy runs/pipeline/policy
+
+Without prompts it asks for them, one after another.
 """
 
 import dataclasses

@@ -60,7 +60,7 @@ class Pretraining:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What activations are computed in; parameters are float32."""
     remat: bool = False
-    """Recompute blocks in the backward pass: less memory, about a third more time."""
+    """Recompute blocks in the backward pass: less memory, more time."""
     steps: int = 900
     """Updates."""
     batch_size: int = 8

@@ -56,7 +56,7 @@ class Reinforcing:
     group_size: int = 4
     """Completions of each prompt."""
     prompt_length: int = 16
-    """Tokens of a prompt: the opening of a held-out passage."""
+    """Most tokens of a prompt, the opening of a held-out passage up to the end of a word."""
     completion_length: int = 48
     """Most tokens of a completion."""
     temperature: float = 0.8
@@ -109,7 +109,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What activations are computed in; parameters are float32."""
     remat: bool = False
-    """Recompute blocks in the backward pass: less memory, about a third more time."""
+    """Recompute blocks in the backward pass: less memory, more time."""
     seed: int = 0
     """Seed of everything random but the held-out passages, which are the same for all seeds."""
 

@@ -14,7 +14,7 @@ from rl_jax.reinforce.distributions import entropy, exact_kl, token_logprobs
 from rl_jax.sampling import Sampling, untruncated, warp_logits
 from rl_jax.types import Array, PyTree, Rollout
 
-CHUNK_BYTES = 1 << 25  # logits held at once: beyond about this size XLA on CPU writes to fresh pages
+CHUNK_BYTES = 1 << 25  # logits held at once: at twice this size XLA on CPU begins to write to fresh pages
 
 
 class Reference(NamedTuple):

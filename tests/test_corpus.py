@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 
 from rl_jax.data.corpus import encode_passages, read_passages, split_held_out, split_passages
@@ -93,8 +95,6 @@ def test_splitting_takes_linear_time_on_white_space():
 
 
 def test_files_and_folders(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    pyarrow = pytest.importorskip("pyarrow")
     (tmp_path / "b.txt").write_bytes("\ufeffOne é.\r\n\r\nTwo.".encode())
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"text": "Three\n\nFour\u2028four", "more": 1}, ensure_ascii=False) + "\n\n" + '{"text": ""}\n',
@@ -143,8 +143,6 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
 
 
 def test_parquet_needs_its_column_and_pyarrow(tmp_path, monkeypatch):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    pyarrow = pytest.importorskip("pyarrow")
     parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "b.parquet")
     with pytest.raises(InputError, match=r'a.parquet has no column "text", only body'):
