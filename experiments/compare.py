@@ -15,13 +15,14 @@ from rl_jax.evaluation import distinct_n, mean_interval, win_rate
 from rl_jax.keys import Purpose, step_key
 from rl_jax.models.huggingface import Policy
 from rl_jax.reinforce.advantages import leave_one_out_advantages
+from rl_jax.reinforce.gradient import Scores
 from rl_jax.rewards.compose import Reward
 from rl_jax.rewards.text import score_texts
 from rl_jax.rollout import generate
 from rl_jax.run.progress import show_progress
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.sampling import Sampling, untruncated
-from rl_jax.scoring import Reference, TokenScores, completion_logprobs, completion_states, score_completions
+from rl_jax.scoring import Reference, completion_logprobs, completion_states, score_completions
 from rl_jax.types import Array, PyTree, Rollout
 
 PAIRS = 8  # prompts whose completions the report shows
@@ -50,7 +51,7 @@ class Side(NamedTuple):
     """
 
     rollout: Rollout
-    scores: TokenScores
+    scores: Scores
     ref_logprobs: np.ndarray
     ref_nats: np.ndarray
     rewards: np.ndarray

@@ -24,9 +24,10 @@ from rl_jax.data.corpus import encode_passages, read_passages, split_held_out
 from rl_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, check_seed, step_key
-from rl_jax.learner import apply_gradients, held_out_nats, init_state, make_optimizer, pretrain_gradient
+from rl_jax.learner import apply_gradients, init_state, make_optimizer
 from rl_jax.models.huggingface import Policy, save_policy
 from rl_jax.models.transformer import TransformerConfig, gpt2, init_params, llama
+from rl_jax.pretraining import held_out_nats, pretrain_gradient
 from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
 from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.loop import run_main, train

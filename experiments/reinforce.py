@@ -1,13 +1,13 @@
-"""Improve a pretrained policy with REINFORCE: a reward, a leave-one-out baseline, a KL penalty.
+"""Improve a pretrained policy with a policy gradient: a reward, an estimator, a KL penalty.
 
     python experiments/reinforce.py --policy runs/pretrain/policy --run runs/rl
     python experiments/reinforce.py --policy runs/pretrain/policy --reward.names length --reward.target-length 20
+    python experiments/reinforce.py --policy runs/pretrain/policy --estimator ppo --epochs 2 --kl-target 6
 
 Writes the tuned policy, metrics, checkpoints, the comparison of both policies and a report to the run's folder.
 """
 
 import dataclasses
-import math
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,23 +18,21 @@ import numpy as np
 import optax
 import tyro
 
+from experiments.collect import Collected, make_collect, make_sample
 from experiments.compare import Comparing, compare
+from experiments.options import EstimatorOptions, chosen_estimator
 from experiments.pretrain import HELD_OUT, check_optimizer
 from rl_jax.data.corpus import read_passages, split_held_out
 from rl_jax.data.prompts import decode_completions, passage_openings, prompt_batch
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, check_seed, step_key
-from rl_jax.learner import AdvantageFn, init_state, make_optimizer, reinforce_update
+from rl_jax.learner import init_state, make_optimizer, policy_gradient_update
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
-from rl_jax.models.transformer import TransformerConfig
-from rl_jax.reinforce.advantages import (
-    group_mean_advantages,
-    leave_one_out_advantages,
-    moving_average_advantages,
-)
+from rl_jax.models.transformer import TransformerConfig, add_value_head
+from rl_jax.reinforce.estimators import ESTIMATORS
 from rl_jax.rewards.compose import Reward, RewardConfig, make_reward
 from rl_jax.rewards.text import score_texts
-from rl_jax.rollout import check_lengths, generate
+from rl_jax.rollout import check_lengths
 from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
 from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.loop import run_main, train
@@ -42,14 +40,15 @@ from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.sampling import Sampling
-from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
+from rl_jax.scoring import make_score_fn, reference_scores
+from rl_jax.types import Array, Metrics, PyTree, TrainState
 
 COUNTS = ("prompts", "group_size", "prompt_length", "completion_length", "steps", "microbatches", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
 class Reinforcing:
-    """REINFORCE: what is sampled, and how the policy learns from it."""
+    """Reinforcement: what is sampled, and how the policy learns from it."""
 
     prompts: int = 16
     """Prompts in an update."""
@@ -67,14 +66,8 @@ class Reinforcing:
     """Sample among the fewest tokens that have this probability together; 1 means all."""
     min_p: float = 0.0
     """Sample among tokens with at least this share of the highest probability; 0 means all."""
-    baseline: Literal["leave_one_out", "group_mean", "moving_average", "none"] = "leave_one_out"
-    """What is subtracted from a reward: the mean of the others in its group (RLOO), of the whole group, of the steps
-    before (with a decay of 0.95), or nothing."""
-    kl_coefficient: float = 0.05
-    """Reward that a nat of divergence from the pretrained policy costs."""
-    normalize: Literal["token", "sequence", "completion", "constant"] = "constant"
-    """What the loss is a mean of: tokens; the tokens of each completion, then completions; completions, their
-    tokens summed; or completions, their tokens summed and divided by the completion length."""
+    estimator: Annotated[str, tyro.conf.arg(help=f"The algorithm: {', '.join(ESTIMATORS)}.")] = "rloo"
+    options: Annotated[EstimatorOptions, tyro.conf.arg(name="")] = EstimatorOptions()
     steps: int = 90
     """Updates."""
     learning_rate: float = 3e-4
@@ -87,6 +80,8 @@ class Reinforcing:
     """Longest gradient, global L2 norm."""
     microbatches: int = 1
     """Parts of a batch that the gradient is accumulated over, to save memory."""
+    noise_every: int = 0
+    """Updates between measurements of the gradient's noise, by a gradient for each prompt; 0 for none."""
     checkpoint_every: int = 50
     """Updates between checkpoints."""
     compare: Comparing = Comparing()
@@ -94,7 +89,7 @@ class Reinforcing:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Improve a pretrained policy with REINFORCE."""
+    """Improve a pretrained policy with a policy gradient."""
 
     policy: Path
     """Folder of the pretrained policy: config.json, model.safetensors and tokenizer."""
@@ -148,8 +143,6 @@ def check(
     """Raise InputError for settings that cannot work, before anything is trained."""
     check_seed(seed)
     check_optimizer(settings.learning_rate, settings.warmup, settings.weight_decay, settings.clip_norm)
-    if not 0 <= settings.kl_coefficient < math.inf:
-        raise InputError(f"kl_coefficient is {settings.kl_coefficient}; it must be a number of at least 0.")
     counts: dict[str, int] = {name: getattr(settings, name) for name in COUNTS}
     counts |= {f"compare.{name}": count for name, count in dataclasses.asdict(settings.compare).items()}
     for name, count in counts.items():
@@ -158,31 +151,21 @@ def check(
     check_lengths(settings.prompt_length, make_sampling(settings, tokenizer.eos_token_id), config)
     if settings.temperature == 0:
         raise InputError("A policy learns from sampled completions: give a temperature above 0.")
-    if settings.baseline == "leave_one_out" and settings.group_size < 2:
-        raise InputError("The leave_one_out baseline needs a group_size of at least 2, or take another baseline.")
-    if settings.prompts * settings.group_size % (settings.microbatches * jax.device_count()):
+    estimator = chosen_estimator(settings.estimator, settings.options, settings.group_size)
+    if settings.prompts * settings.group_size % (estimator.minibatches * settings.microbatches * jax.device_count()):
         raise InputError(
             f"{settings.prompts} prompts x {settings.group_size} completions do not divide into "
-            f"{settings.microbatches} microbatches over {jax.device_count()} devices."
+            f"{estimator.minibatches} minibatches of {settings.microbatches} microbatches over "
+            f"{jax.device_count()} devices."
         )
     for name in ("prompts", "compare.prompts"):
         if counts[name] % jax.device_count():
             raise InputError(f"{name} is {counts[name]}, which does not divide over {jax.device_count()} devices.")
+    if settings.noise_every < 0 or (settings.noise_every and settings.prompts < 2):
+        raise InputError("noise_every must be at least 0, and a noise is measured between at least 2 prompts.")
     if reward.on_text is not None:  # a mistake in it should show now rather than after pretraining
         texts = decode_completions(tokenizer, *(part[:4] for part in prompts.train))
         score_texts(reward.on_text, texts, texts)
-
-
-def advantage_function(settings: Reinforcing) -> AdvantageFn:
-    """The baseline that the settings name."""
-    group = settings.group_size
-    functions: dict[str, AdvantageFn] = {
-        "leave_one_out": lambda rewards, carried: (leave_one_out_advantages(rewards, group), carried),
-        "group_mean": lambda rewards, carried: (group_mean_advantages(rewards, group), carried),
-        "moving_average": lambda rewards, carried: moving_average_advantages(rewards, carried, decay=0.95),
-        "none": lambda rewards, carried: (rewards, carried),
-    }
-    return functions[settings.baseline]
 
 
 def reinforce(
@@ -197,55 +180,80 @@ def reinforce(
     """Tune a policy, or continue to; `policy` stays as it is, the reference."""
     config, tokenizer, mesh = policy.config, policy.tokenizer, make_mesh()
     sampling = make_sampling(settings, tokenizer.eos_token_id)
+    estimator = chosen_estimator(settings.estimator, settings.options, settings.group_size)
     schedule = optax.linear_schedule(
         settings.learning_rate / (settings.warmup + 1), settings.learning_rate, settings.warmup
     )
-    optimizer = make_optimizer(schedule, settings.weight_decay, settings.clip_norm, (0.9, 0.95))
-    advantage_fn = advantage_function(settings)
-    ref_params = put(policy.params, mesh)
-
-    def sample(params: PyTree, key: Array, prompts: Array, mask: Array) -> Rollout:
-        return generate(params, key, prompts, mask, config, sampling)
+    optimizer = make_optimizer(
+        lambda count: schedule(jnp.asarray(count) // estimator.updates),
+        settings.weight_decay,
+        settings.clip_norm,
+        (0.9, 0.95),
+    )
+    sample = make_sample(config, sampling, reward, estimator.greedy)
 
     def learn(
-        state: TrainState, ref_params: PyTree, rollout: Rollout, text_rewards: Array
+        state: TrainState, ref_params: PyTree, key: Array, collected: Collected, measure_noise: bool = False
     ) -> tuple[TrainState, Metrics]:
-        rewards = text_rewards if reward.on_tokens is None else text_rewards + reward.on_tokens(rollout)
+        (rollout, rewards), greedy = collected
+        ref_logprobs, ref_states = reference_scores(ref_params, rollout, config, sampling)
         rate = jnp.asarray(schedule(state.step))
-        state, metrics = reinforce_update(
+        state, metrics = policy_gradient_update(
             state,
-            ref_params,
             rollout,
             rewards,
-            config=config,
-            sampling=sampling,
-            advantage_fn=advantage_fn,
-            kl_coefficient=settings.kl_coefficient,
-            normalize=settings.normalize,
+            estimator=estimator,
+            score_fn=make_score_fn(ref_params, config, sampling),
             optimizer=optimizer,
+            group_size=settings.group_size,
+            ref_logprobs=ref_logprobs,
+            context=ref_states,
+            greedy_rewards=None if greedy is None else jnp.repeat(greedy.rewards, settings.group_size),
+            key=key,
             microbatches=settings.microbatches,
+            measure_noise=measure_noise,
         )
         return state, metrics | {"learning_rate": rate}
 
-    def sample_and_learn(state: TrainState, ref_params: PyTree, key: Array, prompts: Array, mask: Array):
-        rollout = sample(state.params, key, prompts, mask)
-        return learn(state, ref_params, rollout, jnp.zeros(len(rollout.completions)))
+    def learn_and_measure(
+        state: TrainState, ref_params: PyTree, key: Array, collected: Collected
+    ) -> tuple[TrainState, Metrics]:
+        return learn(state, ref_params, key, collected, measure_noise=True)
 
-    mapped_sample = pmapped(sample, mesh, (None, None, 0, 0), 0)
-    mapped_learn = pmapped(learn, mesh, (None, None, 0, 0), (None, None), donate=(0,))
+    def sample_and_learn(
+        state: TrainState, ref_params: PyTree, keys: Array, prompts: Array, mask: Array
+    ) -> tuple[TrainState, Metrics]:
+        return learn(state, ref_params, keys[1], sample(state.params, keys[0], prompts, mask))
+
+    mapped_learn, mapped_measure = (
+        pmapped(fn, mesh, (None, None, None, 0), (None, None), donate=(0,)) for fn in (learn, learn_and_measure)
+    )
     mapped_step = pmapped(sample_and_learn, mesh, (None, None, None, 0, 0), (None, None), donate=(0,))
+    collect = make_collect(
+        sample,
+        prompts.train,
+        reward,
+        tokenizer,
+        batch_size=settings.prompts,
+        group_size=settings.group_size,
+        rounds=estimator.sampling_rounds,
+        seed=seed,
+    )
+    ref_params = put(policy.params, mesh)
 
     def step(state: TrainState, number: int) -> tuple[TrainState, Metrics]:
-        key = step_key(seed, Purpose.SAMPLE, number)
-        batch = prompt_batch(*prompts.train, settings.prompts, seed, number)
-        if reward.on_text is None:
-            return mapped_step(state, ref_params, key, *batch)
-        rollout = mapped_sample(state.params, key, *batch)
-        texts = decode_completions(tokenizer, rollout.completions, rollout.completion_mask)
-        asked = decode_completions(tokenizer, rollout.prompts, rollout.prompt_mask)
-        return mapped_learn(state, ref_params, rollout, score_texts(reward.on_text, asked, texts))
+        measure = settings.noise_every > 0 and number % settings.noise_every == 0
+        shuffle = step_key(seed, Purpose.SHUFFLE, number)
+        if reward.on_text is None and estimator.sampling_rounds == 1 and not measure:
+            keys = jnp.stack([step_key(seed, Purpose.SAMPLE, number), shuffle])
+            batch = prompt_batch(*prompts.train, settings.prompts, seed, number)
+            return mapped_step(state, ref_params, keys, *batch)
+        collected, rounds = collect(state.params, number)
+        state, metrics = (mapped_measure if measure else mapped_learn)(state, ref_params, shuffle, collected)
+        return state, metrics | ({"rounds": rounds} if estimator.sampling_rounds > 1 else {})
 
-    state = put(init_state(policy.params, optimizer), mesh)
+    params = add_value_head(policy.params, config) if estimator.critic else policy.params
+    state = put(init_state(params, optimizer, estimator.options.get("kl_coefficient", 0.0)), mesh)
     identity = dataclasses.asdict(settings) | {"model": dataclasses.asdict(config), "reward": reward.name, "seed": seed}
     checkpoints = open_checkpoints(run / "checkpoints/rl", identity)
     state = restore_checkpoint(checkpoints, state) or state

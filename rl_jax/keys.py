@@ -14,6 +14,8 @@ class Purpose(enum.IntEnum):
     INIT = 0
     SAMPLE = 1
     EVALUATE = 2
+    SHUFFLE = 3
+    REFILL = 4
 
 
 def check_seed(seed: int) -> None:

@@ -1,29 +1,57 @@
-"""The learner: an update is a pure function of a state and a batch.
+"""The learner: an update is a pure function of a state and a batch, whatever kind of policy it is.
 
-Letters: B sequences, C completion length, L predicted tokens of a training window.
+Letters: B sequences, N prompts of G completions each, C completion length.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rl_jax.masked import masked_sum
+from rl_jax.masked import masked_mean, masked_sum
 from rl_jax.microbatch import sum_over_microbatches
-from rl_jax.models.transformer import TransformerConfig, hidden_states
-from rl_jax.reinforce.advantages import kl_penalised_rewards, zero_signal_groups
+from rl_jax.reinforce.advantages import zero_signal_groups
+from rl_jax.reinforce.composition import Estimator, estimate_advantages
+from rl_jax.reinforce.diagnostics import explained_variance, gradient_noise
 from rl_jax.reinforce.distributions import kl_estimate
-from rl_jax.reinforce.gradient import reinforce_gradient
-from rl_jax.reinforce.objectives import Normalize, token_weights
-from rl_jax.sampling import Sampling, untruncated
-from rl_jax.scoring import Reference, completion_states, score_completions, token_scores
+from rl_jax.reinforce.gradient import ScoreFn, Scores, reinforce_gradient
+from rl_jax.reinforce.objectives import value_errors
+from rl_jax.reinforce.penalties import adaptive_kl_coefficient, kl_loss_terms, overlong_penalty, shape_rewards
 from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
 
-AdvantageFn = Callable[[Array, Array], tuple[Array, Array]]
-"""Rewards [B] and the state's baseline [] -> advantages [B] and the next baseline []."""
+REDUCTIONS = {  # of a metric over the updates of one step, where it is not the mean
+    "logprob_gap": lambda x: x[0],  # later ones are no gap between sampler and learner but what was learned
+    "ratio_min": jnp.min,
+    "ratio_max": jnp.max,
+    "effective_sample_size": jnp.min,
+}
+
+
+class Experience(NamedTuple):
+    """A batch of completions, and what was worked out about them before the gradient. Every array begins with B.
+
+    Attributes:
+        rollout: B completions.
+        advantages: [B] or [B, C].
+        ref_logprobs: of the tokens under the reference policy, nats. [B, C].
+        critic: None without one.
+        context: what the score function is given besides.
+    """
+
+    rollout: Rollout
+    advantages: Array
+    ref_logprobs: Array
+    critic: "Critic | None"
+    context: Any
+
+
+class Critic(NamedTuple):
+    """What a critic expected before each token, before the step, and what it is to learn. [B, C] each."""
+
+    values: Array
+    targets: Array
 
 
 def make_optimizer(
@@ -48,13 +76,16 @@ def make_optimizer(
     )
 
 
-def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update."""
+def init_state(
+    params: PyTree, optimizer: optax.GradientTransformation, kl_coefficient: float | Array = 0.0
+) -> TrainState:
+    """The state before the first update; the KL coefficient is in reward units a nat."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         baseline=jnp.full((), jnp.nan, jnp.float32),
+        kl_coefficient=jnp.asarray(kl_coefficient, jnp.float32),
         nonfinite=jnp.zeros((), jnp.int32),
     )
 
@@ -82,114 +113,228 @@ def apply_gradients(
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
     nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
-    updated = TrainState(
+    updated = dataclasses.replace(
+        state,
         step=state.step + 1,
         params=choose(params, state.params),
         opt_state=choose(opt_state, state.opt_state),
-        baseline=state.baseline,
         nonfinite=nonfinite,
     )
     return updated, {"grad_norm": norm, "nonfinite": nonfinite}
 
 
-def language_model_logprobs(params: PyTree, tokens: Array, config: TransformerConfig) -> Array:
-    """Log-probability of each token after the first, given those before. int32 [B, L + 1] -> float32 [B, L], nats."""
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    states = hidden_states(params, inputs, jnp.ones(inputs.shape, bool), config)
-    return token_scores(params, states, targets, config, Sampling(length=1)).logprobs
-
-
-def pretrain_gradient(
-    params: PyTree, tokens: Array, config: TransformerConfig, microbatches: int = 1
-) -> tuple[PyTree, Metrics]:
-    """Gradient of the mean next-token cross-entropy of packed windows.
-
-    Args:
-        params: the model's parameters.
-        tokens: int32 [B, L + 1].
-        config: the model's configuration.
-        microbatches: parts that the batch is worked through in.
-
-    Returns:
-        The gradient, shaped as `params`, and {"loss": nats a token}.
-    """
-    weights = token_weights(jnp.ones(tokens[:, 1:].shape, bool), "token")
-
-    def loss_fn(params: PyTree, part: tuple[Array, Array]) -> tuple[Array, Metrics]:
-        tokens, weights = part
-        loss = -jnp.sum(weights * language_model_logprobs(params, tokens, config))
-        return loss, {"loss": loss}
-
-    def gradient(part: tuple[Array, Array]) -> tuple[PyTree, Metrics]:
-        return jax.grad(loss_fn, has_aux=True)(params, part)
-
-    return sum_over_microbatches(gradient, (tokens, weights), microbatches)
-
-
-def held_out_nats(params: PyTree, tokens: Array, mask: Array, config: TransformerConfig) -> Array:
-    """Sum of the cross-entropy of the targets under the mask, nats. int32 [B, L + 1], bool [B, L] -> []."""
-    return -masked_sum(language_model_logprobs(params, tokens, config), mask)
-
-
-def reinforce_update(
+def policy_gradient_update(
     state: TrainState,
-    ref_params: PyTree,
     rollout: Rollout,
     rewards: Array,
     *,
-    config: TransformerConfig,
-    sampling: Sampling,
-    advantage_fn: AdvantageFn,
-    kl_coefficient: float,
-    normalize: Normalize,
+    estimator: Estimator,
+    score_fn: ScoreFn,
     optimizer: optax.GradientTransformation,
+    group_size: int,
+    ref_logprobs: Array,
+    context: Any = None,
+    greedy_rewards: Array | None = None,
+    key: Array | None = None,
     microbatches: int = 1,
+    measure_noise: bool = False,
 ) -> tuple[TrainState, Metrics]:
-    """One step of REINFORCE with the KL penalty in the reward (k1), from a rollout of the current policy.
+    """One step of an estimator, from a rollout of the current policy.
 
     Args:
-        state: its params sampled `rollout`.
-        ref_params: the frozen reference policy.
+        state: its params sampled `rollout`, and its KL coefficient is the one charged.
         rollout: B completions.
         rewards: [B].
-        config: configuration of policy and reference.
-        sampling: how `rollout` was sampled. The reference is taken at its temperature, without its filters; so are both
-            policies for the exact KL.
-        advantage_fn: rewards less the penalty -> advantages.
-        kl_coefficient: reward units a nat.
-        normalize: see `token_weights`.
+        estimator: a row of `rl_jax.reinforce.estimators`.
+        score_fn: the policy's scores of a rollout, with values where the estimator has a critic.
         optimizer: the transformation whose state `state` holds.
+        group_size: G, completions of each prompt.
+        ref_logprobs: of the rollout's tokens under the reference policy, nats. [B, C].
+        context: what `score_fn` is given besides, a pytree of arrays [B, ...].
+        greedy_rewards: of the greedy completion of each sequence's prompt, where the estimator asks for them. [B].
+        key: shuffles the batch, where there are several minibatches.
+        microbatches: parts that each gradient is accumulated over.
+        measure_noise: adds the metrics of `gradient_noise`, for a gradient of each prompt's group.
+
+    Returns:
+        The state after, and metrics: those of `reinforce_gradient` and `apply_gradients`, of several updates their
+        mean (ratio_min and effective_sample_size the least, ratio_max the largest, logprob_gap the first); reward and
+        reward_std; kl_k1 (nats a completion); kl_coefficient; length (tokens); truncated (share of completions);
+        zero_signal_groups (share of groups, where G is more than 1); tokens (sampled in all); with a critic
+        explained_variance and value_loss, of before the step.
+    """
+    kl = kl_estimate(rollout.behavior_logprobs, ref_logprobs, "k1")
+    values = critic_values(state.params, rollout, score_fn, context, microbatches) if estimator.critic else None
+    shaped, greedy = _shape(
+        estimator, rewards + overlong_penalty(rollout.completion_mask, estimator.overlong_share), greedy_rewards
+    )
+    advantages, targets, baseline = estimate_advantages(
+        estimator,
+        shaped,
+        kl,
+        rollout.completion_mask,
+        kl_coefficient=state.kl_coefficient,
+        group_size=group_size,
+        baseline=state.baseline,
+        values=values,
+        greedy_rewards=greedy,
+    )
+    critic = None if values is None or targets is None else Critic(values, targets)
+    experience = Experience(rollout, advantages, ref_logprobs, critic, context)
+    noise = _noise(state, experience, estimator, score_fn, group_size) if measure_noise else {}
+    updated, metrics = _fit(state, experience, estimator, score_fn, optimizer, key, microbatches)
+    nonfinite = jnp.where(updated.nonfinite > 0, state.nonfinite + 1, 0)
+    updated = dataclasses.replace(
+        updated,
+        step=state.step + 1,
+        baseline=jnp.where(jnp.isfinite(baseline), baseline, state.baseline),
+        kl_coefficient=_next_kl_coefficient(state, estimator, metrics["kl"], len(rewards)),
+        nonfinite=nonfinite,
+    )
+    metrics |= {"nonfinite": nonfinite, "kl_coefficient": state.kl_coefficient}
+    return updated, metrics | _batch_metrics(experience, rewards, kl, group_size) | noise
+
+
+def experience_gradient(
+    params: PyTree,
+    kl_coefficient: Array,
+    experience: Experience,
+    *,
+    estimator: Estimator,
+    score_fn: ScoreFn,
+    microbatches: int = 1,
+) -> tuple[PyTree, Metrics]:
+    """The gradient of everything that an estimator's loss holds: policy, divergence, entropy, critic.
+
+    Args:
+        params: what the gradient is taken for.
+        kl_coefficient: reward units a nat. [].
+        experience: a batch, or a part of one that is to have an update of its own.
+        estimator: a row of `rl_jax.reinforce.estimators`.
+        score_fn: the policy's scores of a rollout.
         microbatches: parts that the gradient is accumulated over.
 
     Returns:
-        The state after, and metrics: those of `reinforce_gradient` and `apply_gradients`; reward and reward_std;
-        kl_k1 (nats a completion); length (tokens); truncated (share of completions); zero_signal_groups (share of
-        groups, where G is more than 1); tokens (sampled in all).
+        As `reinforce_gradient`.
     """
-    mask = rollout.completion_mask
-    ref_states = completion_states(ref_params, rollout, config)
-    ref_scores = token_scores(ref_params, ref_states, rollout.completions, config, untruncated(sampling))
-    kl = kl_estimate(rollout.behavior_logprobs, ref_scores.logprobs, "k1")
-    penalised = kl_penalised_rewards(rewards, kl, mask, kl_coefficient)
-    advantages, baseline = advantage_fn(penalised, state.baseline)
 
-    def score(params: PyTree, part: Rollout, ref_states: Any) -> Any:
-        return score_completions(params, part, config, sampling, Reference(ref_params, ref_states))
+    def score(params: PyTree, rollout: Rollout, part: Experience) -> Scores:
+        return score_fn(params, rollout, part.context)
 
-    grads, metrics = reinforce_gradient(
-        state.params,
-        rollout,
-        advantages,
+    def penalty(scores: Scores, part: Experience) -> Array:
+        terms = kl_coefficient * kl_loss_terms(scores.logprobs, part.ref_logprobs, scores.kl, estimator.kl)
+        terms -= estimator.entropy_coefficient * scores.entropy
+        if part.critic is not None and scores.values is not None:
+            errors = value_errors(scores.values, *part.critic, value_clip=estimator.value_clip)
+            terms += estimator.value_coefficient * errors
+        return terms
+
+    return reinforce_gradient(
+        params,
+        experience.rollout,
+        experience.advantages,
         score,
-        normalize=normalize,
-        context=ref_states,
+        normalize=estimator.normalize,
+        loss_fn=estimator.loss,
+        penalty_fn=penalty,
+        context=experience,
         microbatches=microbatches,
     )
-    state, applied = apply_gradients(state, grads, optimizer)
-    state = dataclasses.replace(state, baseline=jnp.where(jnp.isfinite(baseline), baseline, state.baseline))
-    if sampling.group_size > 1:
-        metrics["zero_signal_groups"] = zero_signal_groups(rewards, sampling.group_size)
-    return state, metrics | applied | {
+
+
+def critic_values(params: PyTree, rollout: Rollout, score_fn: ScoreFn, context: Any, microbatches: int = 1) -> Array:
+    """What the critic expects before each token of a rollout, as constants. [B, C].
+
+    Raises:
+        ValueError: the score function has no values.
+    """
+
+    def values(part: tuple[Rollout, Any]) -> tuple[tuple[()], Array | None]:
+        return (), score_fn(params, *part).values
+
+    _, expected = sum_over_microbatches(values, (rollout, context), microbatches)
+    if expected is None:
+        raise ValueError("The estimator has a critic, and the policy has none: see `transformer.add_value_head`.")
+    return jax.lax.stop_gradient(expected)
+
+
+def _shape(estimator: Estimator, rewards: Array, greedy_rewards: Array | None) -> tuple[Array, Array | None]:
+    """Rewards and those of greedy completions [B] each, shaped alike."""
+    parts = [rewards] if greedy_rewards is None else [rewards, greedy_rewards]
+    shaped = shape_rewards(
+        jnp.concatenate(parts),
+        scale=estimator.reward_scale,
+        clip=estimator.reward_clip,
+        whiten=estimator.whiten_rewards,
+    )
+    return shaped[: len(rewards)], None if greedy_rewards is None else shaped[len(rewards) :]
+
+
+def _fit(
+    state: TrainState,
+    experience: Experience,
+    estimator: Estimator,
+    score_fn: ScoreFn,
+    optimizer: optax.GradientTransformation,
+    key: Array | None,
+    microbatches: int,
+) -> tuple[TrainState, Metrics]:
+    """Every update that an estimator makes from a batch, at the KL coefficient of its beginning."""
+
+    def update(state: TrainState, part: Experience) -> tuple[TrainState, Metrics]:
+        grads, metrics = experience_gradient(
+            state.params,
+            state.kl_coefficient,
+            part,
+            estimator=estimator,
+            score_fn=score_fn,
+            microbatches=microbatches,
+        )
+        state, applied = apply_gradients(state, grads, optimizer)
+        return state, metrics | applied
+
+    if estimator.updates == 1:
+        return update(state, experience)
+    rows = _minibatch_rows(key, len(experience.advantages), estimator)
+    state, metrics = jax.lax.scan(lambda s, r: update(s, jax.tree.map(lambda x: x[r], experience)), state, rows)
+    return state, {name: REDUCTIONS.get(name, jnp.mean)(over) for name, over in metrics.items()}
+
+
+def _minibatch_rows(key: Array | None, count: int, estimator: Estimator) -> Array:
+    """The sequences of each update: the batch once an epoch, shuffled where it is split. int32 [updates, B / M]."""
+    if estimator.minibatches == 1:
+        return jnp.tile(jnp.arange(count), (estimator.epochs, 1))
+    if key is None:
+        raise ValueError("Several minibatches need a key to shuffle the batch with.")
+    keys = jax.random.split(key, estimator.epochs)
+    return jax.vmap(lambda key: jax.random.permutation(key, count))(keys).reshape(estimator.updates, -1)
+
+
+def _noise(
+    state: TrainState, experience: Experience, estimator: Estimator, score_fn: ScoreFn, group_size: int
+) -> Metrics:
+    """`gradient_noise` over prompts. Means over tokens go by completion, their common denominator left aside."""
+    normalize = "completion" if estimator.normalize == "token" else estimator.normalize
+    estimator = dataclasses.replace(estimator, normalize=normalize)
+    groups = jax.tree.map(lambda x: x.reshape(-1, group_size, *x.shape[1:]), experience)
+
+    def gradient(group: Experience) -> PyTree:
+        return experience_gradient(state.params, state.kl_coefficient, group, estimator=estimator, score_fn=score_fn)[0]
+
+    return gradient_noise(gradient, groups)
+
+
+def _next_kl_coefficient(state: TrainState, estimator: Estimator, kl: Array, completions: int) -> Array:
+    if estimator.kl_target is None:
+        return state.kl_coefficient
+    settings = {"target": estimator.kl_target, "horizon": estimator.kl_horizon, "completions": completions}
+    return adaptive_kl_coefficient(state.kl_coefficient, kl, **settings)
+
+
+def _batch_metrics(experience: Experience, rewards: Array, kl: Array, group_size: int) -> Metrics:
+    """What can be said of a batch without the policy."""
+    rollout, mask = experience.rollout, experience.rollout.completion_mask
+    metrics = {
         "reward": jnp.mean(rewards),
         "reward_std": jnp.std(rewards),
         "kl_k1": masked_sum(kl, mask) / len(rewards),
@@ -197,3 +342,10 @@ def reinforce_update(
         "truncated": jnp.mean(rollout.truncated, dtype=jnp.float32),
         "tokens": jnp.sum(mask),
     }
+    if group_size > 1:
+        metrics["zero_signal_groups"] = jnp.mean(zero_signal_groups(rewards, group_size), dtype=jnp.float32)
+    if experience.critic is not None:
+        values, targets = experience.critic
+        metrics["explained_variance"] = explained_variance(values, targets, mask)
+        metrics["value_loss"] = masked_mean(jnp.square(values - targets), mask) / 2
+    return metrics

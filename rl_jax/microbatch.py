@@ -9,18 +9,21 @@ from rl_jax.errors import InputError
 from rl_jax.types import PyTree
 
 
-def sum_over_microbatches(fn: Callable[[PyTree], PyTree], batch: PyTree, microbatches: int) -> PyTree:
-    """The sum of `fn` over parts of a batch; `fn` must be a sum over sequences, so that parts add up to the whole.
+def sum_over_microbatches(
+    fn: Callable[[PyTree], tuple[PyTree, PyTree]], batch: PyTree, microbatches: int
+) -> tuple[PyTree, PyTree]:
+    """The sums and the rows that `fn` makes of a batch, got from its parts.
 
     Part m takes the sequences m, m + microbatches, ...: where a batch is laid over devices, each part is too.
 
     Args:
-        fn: a part of the batch -> a pytree of sums.
+        fn: a part of the batch -> a pytree of sums over its sequences, so that those of the parts add up to that of
+            the whole, and a pytree of arrays with a row for each sequence.
         batch: a pytree of arrays [B, ...].
         microbatches: number of parts; B is a multiple of it.
 
     Returns:
-        What `fn` returns, summed.
+        What `fn` returns, the sums added up, and the rows [B, ...] in the order of the batch.
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
     if microbatches < 1 or rows % microbatches:
@@ -28,6 +31,12 @@ def sum_over_microbatches(fn: Callable[[PyTree], PyTree], batch: PyTree, microba
     if microbatches == 1:
         return fn(batch)
     parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts)))
-    total, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, fn(part)), None), zeros, parts)
-    return total
+    shapes, _ = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(sums: PyTree, part: PyTree) -> tuple[PyTree, PyTree]:
+        more, rows = fn(part)
+        return jax.tree.map(jnp.add, sums, more), rows
+
+    sums, split = jax.lax.scan(add, zeros, parts)
+    return sums, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), split)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rl_jax.errors import InputError
 from rl_jax.models.transformer import Cache, TransformerConfig, decode_step, logits, prefill
-from rl_jax.sampling import Sampling, draw, warp_logits
+from rl_jax.sampling import Sampling, draw, is_greedy, warp_logits
 from rl_jax.types import Array, PyTree, Rollout
 
 
@@ -85,7 +85,7 @@ def generate(
 
     def sample(states: Array, step: Array) -> tuple[Array, Array]:
         scores = logits(params, states, config)
-        if sampling.temperature == 0:
+        if is_greedy(sampling):
             return jnp.argmax(scores, axis=-1).astype(jnp.int32), jnp.zeros(rows)
         uniform = jax.lax.dynamic_index_in_dim(uniforms, step, axis=1, keepdims=False)
         return draw(warp_logits(scores, sampling), uniform)
@@ -132,6 +132,27 @@ def generate(
         behavior_logprobs=final.logprobs,
         truncated=~final.ended,
     )
+
+
+def refill_groups(batch: PyTree, fresh: PyTree, wanting: Array, usable: Array) -> PyTree:
+    """A batch whose wanting groups are replaced, in order, by the usable ones of a fresh batch, as far as these go.
+
+    Args:
+        batch: a pytree of arrays [N * G, ...], groups consecutive.
+        fresh: as `batch`.
+        wanting: groups of the batch to replace. bool [N].
+        usable: groups of the fresh batch to take. bool [N].
+    """
+    groups = len(wanting)
+    taken = wanting & (jnp.cumsum(wanting) <= jnp.sum(usable))
+    source = jnp.argsort(~usable, stable=True)[jnp.maximum(jnp.cumsum(wanting) - 1, 0)]
+
+    def merge(old: Array, new: Array) -> Array:
+        old, new = (x.reshape(groups, -1, *x.shape[1:]) for x in (old, new))
+        chosen = taken.reshape(groups, *[1] * (old.ndim - 1))
+        return jnp.where(chosen, new[source], old).reshape(-1, *old.shape[2:])
+
+    return jax.tree.map(merge, batch, fresh)
 
 
 def _cast(params: PyTree, config: TransformerConfig) -> PyTree:

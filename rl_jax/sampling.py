@@ -17,7 +17,8 @@ class Sampling:
     Attributes:
         length: C, the most tokens a completion may have.
         group_size: G, completions of each prompt.
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits; 0 takes the most likely token. Under a transformation of JAX it may be a
+            traced scalar, positive: runs can be mapped over it.
         top_k: keep this many tokens, the most likely; 0 keeps all.
         top_p: keep the fewest tokens whose probability reaches this (nucleus sampling, Holtzman 2020); 1 keeps all.
         min_p: keep tokens with at least this share of the highest probability; 0 keeps all.
@@ -27,7 +28,7 @@ class Sampling:
 
     length: int
     group_size: int = 1
-    temperature: float = 1.0
+    temperature: float | Array = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -37,8 +38,19 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.length < 1 or self.group_size < 1:
             raise InputError(f"Completions need a length and a group size of at least 1, not {self}.")
-        if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
+        cold = not isinstance(self.temperature, jax.Array) and not self.temperature >= 0
+        if cold or not (self.top_k >= 0 and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
             raise InputError(f"Sampling needs temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1: {self}.")
+
+
+def is_greedy(sampling: Sampling) -> bool:
+    """Whether it takes the most likely token each time."""
+    return not isinstance(sampling.temperature, jax.Array) and sampling.temperature == 0
+
+
+def greedy(sampling: Sampling) -> Sampling:
+    """One completion of each prompt, by the most likely tokens."""
+    return dataclasses.replace(sampling, group_size=1, temperature=0.0)
 
 
 def untruncated(sampling: Sampling) -> Sampling:
@@ -60,9 +72,9 @@ def warp_logits(logits: Array, sampling: Sampling, keep: Array | None = None) ->
     Returns:
         [..., V], minus infinity for the tokens that are filtered out.
     """
-    if sampling.temperature == 0:
+    if is_greedy(sampling):
         raise InputError("Greedy decoding (temperature 0) has no log-probabilities to learn from; use a temperature.")
-    logits = logits if sampling.temperature == 1 else logits / sampling.temperature
+    logits = logits / sampling.temperature
     thresholds = []
     vocab = logits.shape[-1]
     if 0 < sampling.top_k < vocab:

@@ -9,8 +9,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rl_jax.models.transformer import TransformerConfig, hidden_states, logits
+from rl_jax.models.transformer import TransformerConfig, hidden_states, logits, values
 from rl_jax.reinforce.distributions import entropy, exact_kl, token_logprobs
+from rl_jax.reinforce.gradient import ScoreFn, Scores
 from rl_jax.sampling import Sampling, untruncated, warp_logits
 from rl_jax.types import Array, PyTree, Rollout
 
@@ -29,20 +30,6 @@ class Reference(NamedTuple):
     states: Array
 
 
-class TokenScores(NamedTuple):
-    """What a policy says of each completion token. Every array is float32 [B, C], in nats.
-
-    Attributes:
-        logprobs: under the distribution that was sampled from, filters included.
-        entropy: of the distribution at the sampling temperature.
-        kl: exact KL from the reference at the sampling temperature; zeros without a reference.
-    """
-
-    logprobs: Array
-    entropy: Array
-    kl: Array
-
-
 def completion_states(params: PyTree, rollout: Rollout, config: TransformerConfig) -> Array:
     """The states that predict each completion token. The shift by one is here and nowhere else. [B, C, D]."""
     tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)[:, :-1]
@@ -57,7 +44,7 @@ def token_scores(
     config: TransformerConfig,
     sampling: Sampling,
     reference: Reference | None = None,
-) -> TokenScores:
+) -> Scores:
     """Scores of tokens from the states that predict them; logits [B, C, V] are never held.
 
     The columns go through the vocabulary in chunks of about 32 MiB of logits, which the backward pass makes again.
@@ -71,7 +58,7 @@ def token_scores(
         reference: what the KL is measured from.
 
     Returns:
-        TokenScores of [B, C].
+        Scores of [B, C].
     """
     chex.assert_rank([states, tokens], [3, 2])
     chex.assert_equal_shape_prefix([states, tokens], 2)
@@ -80,14 +67,14 @@ def token_scores(
     width = -(-columns // min(chunks, columns))
     ref_params, ref_states = reference or (None, None)
 
-    def score(chunk: tuple[Array, Array, Array | None]) -> TokenScores:
+    def score(chunk: tuple[Array, Array, Array | None]) -> Scores:
         states, tokens, ref_states = chunk
         scores = logits(params, states, config)
         tempered = warp_logits(scores, untruncated(sampling))
         kl = jnp.zeros(tokens.shape)
         if ref_states is not None:
             kl = exact_kl(tempered, warp_logits(logits(ref_params, ref_states, config), untruncated(sampling)))
-        return TokenScores(token_logprobs(warp_logits(scores, sampling, tokens), tokens), entropy(tempered), kl)
+        return Scores(token_logprobs(warp_logits(scores, sampling, tokens), tokens), entropy(tempered), kl)
 
     batch = (states, tokens, ref_states)
     if width == columns:
@@ -103,10 +90,11 @@ def score_completions(
     config: TransformerConfig,
     sampling: Sampling,
     reference: Reference | None = None,
-) -> TokenScores:
-    """`token_scores` of a rollout's completions, 0 where they are masked."""
+) -> Scores:
+    """`token_scores` of a rollout's completions, and what a critic says of them; 0 where they are masked."""
     states = completion_states(params, rollout, config)
     scores = token_scores(params, states, rollout.completions, config, sampling, reference)
+    scores = scores._replace(values=values(params, states))
     return jax.tree.map(lambda x: jnp.where(rollout.completion_mask, x, 0.0), scores)
 
 
@@ -123,6 +111,34 @@ def completion_logprobs(params: PyTree, rollout: Rollout, config: TransformerCon
         float32 [B, C], 0 where masked.
     """
     return score_completions(params, rollout, config, sampling).logprobs
+
+
+def reference_scores(
+    ref_params: PyTree, rollout: Rollout, config: TransformerConfig, sampling: Sampling
+) -> tuple[Array, Array]:
+    """What the reference policy says of a rollout, once for all the updates made from it.
+
+    Args:
+        ref_params: the reference policy's parameters.
+        rollout: B sequences.
+        config: its configuration.
+        sampling: how the rollout was sampled; the reference has its temperature, without its filters.
+
+    Returns:
+        Log-probabilities, 0 where masked [B, C], and states [B, C, D]: the context of `make_score_fn`'s function.
+    """
+    states = completion_states(ref_params, rollout, config)
+    scores = token_scores(ref_params, states, rollout.completions, config, untruncated(sampling))
+    return jnp.where(rollout.completion_mask, scores.logprobs, 0.0), states
+
+
+def make_score_fn(ref_params: PyTree, config: TransformerConfig, sampling: Sampling) -> ScoreFn:
+    """The scores that the policy gradient asks for, of a Transformer beside a reference of the same configuration."""
+
+    def score(params: PyTree, rollout: Rollout, ref_states: Array) -> Scores:
+        return score_completions(params, rollout, config, sampling, Reference(ref_params, ref_states))
+
+    return score
 
 
 def _split_columns(x: Array, width: int) -> Array:

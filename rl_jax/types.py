@@ -46,6 +46,7 @@ class TrainState:
         params: the model's parameters, float32.
         opt_state: the state of the optax transformation.
         baseline: what the advantage function carries from step to step (a moving average), float32 [].
+        kl_coefficient: what a nat of divergence from the reference costs, reward units. float32 [].
         nonfinite: consecutive updates skipped for a gradient that was not finite. int32 [].
     """
 
@@ -53,6 +54,7 @@ class TrainState:
     params: PyTree
     opt_state: PyTree
     baseline: Array
+    kl_coefficient: Array
     nonfinite: Array
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.compare import Side, _pairs, _summarise
 from rl_jax.data.tokenizer import train_tokenizer
-from rl_jax.scoring import TokenScores
+from rl_jax.reinforce.gradient import Scores
 from rl_jax.types import Rollout
 
 
@@ -24,7 +24,7 @@ def side(rewards, tokens, lengths, tuned, ref, kl):
         behavior_logprobs=np.zeros((4, 3)),
         truncated=np.array(lengths) == 3,
     )
-    scores = TokenScores(filled["tuned"], np.zeros((4, 3)), filled["kl"])
+    scores = Scores(filled["tuned"], np.zeros((4, 3)), filled["kl"])
     return Side(rollout, scores, filled["ref"], -filled["ref"].sum(axis=1), np.array(rewards))
 
 

@@ -12,13 +12,13 @@ from oracles import CONFIG, EOS, LENGTH, PROMPT_MASK, PROMPTS, VOCAB
 from rl_jax.errors import InputError
 from rl_jax.reinforce.advantages import (
     group_mean_advantages,
-    kl_penalised_rewards,
     leave_one_out_advantages,
     moving_average_advantages,
 )
 from rl_jax.reinforce.distributions import kl_estimate
 from rl_jax.reinforce.gradient import reinforce_gradient
 from rl_jax.reinforce.objectives import token_weights
+from rl_jax.reinforce.penalties import kl_penalised_rewards
 from rl_jax.rollout import generate
 from rl_jax.run.spmd import make_mesh, pmapped
 from rl_jax.sampling import Sampling, untruncated
@@ -82,7 +82,7 @@ def p_value(samples, gradient):
 
 
 def moving_average(rewards, baseline):
-    advantages = jax.vmap(lambda x: moving_average_advantages(x, jnp.float32(baseline), 0.9)[0])
+    advantages = jax.vmap(lambda x: moving_average_advantages(x, jnp.float32(baseline), baseline_decay=0.9)[0])
     return advantages(rewards.reshape(BATCHES, -1)).reshape(-1)
 
 

@@ -21,7 +21,13 @@ def test_key_is_a_function_of_its_arguments_compiled_or_not():
 
 def test_keys_are_those_of_earlier_results():
     """Numbers that must never change, for runs to be repeatable."""
-    assert [(purpose.name, purpose.value) for purpose in Purpose] == [("INIT", 0), ("SAMPLE", 1), ("EVALUATE", 2)]
+    assert [(purpose.name, purpose.value) for purpose in Purpose] == [
+        ("INIT", 0),
+        ("SAMPLE", 1),
+        ("EVALUATE", 2),
+        ("SHUFFLE", 3),
+        ("REFILL", 4),
+    ]
     root = jax.random.key(5)
     by_hand = jax.random.fold_in(jax.random.fold_in(root, 1), 9)
     np.testing.assert_array_equal(bits(step_key(5, Purpose.SAMPLE, 9)), bits(by_hand))

@@ -1,28 +1,17 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles
 import pytest
-from oracles import CONFIG, VOCAB
+from enumerable import ALL, BETA, PARAMS, REF, REWARDS, score_all, scores
 
-from rl_jax.errors import InputError
-from rl_jax.learner import (
-    apply_gradients,
-    held_out_nats,
-    init_state,
-    language_model_logprobs,
-    make_optimizer,
-    pretrain_gradient,
-)
-from rl_jax.models.transformer import hidden_states, logits
+from rl_jax.learner import apply_gradients, init_state, make_optimizer, policy_gradient_update
+from rl_jax.reinforce.estimators import make_estimator
 
 RATES = np.array([0.1, 0.05, 0.2, 0.1, 0.1], np.float32)
 OPTIMIZER = make_optimizer(lambda count: jnp.asarray(RATES)[count], weight_decay=0.3, clip_norm=1.0, betas=(0.8, 0.95))
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (8, 6)))
 
 
 def toy_params():
@@ -96,38 +85,209 @@ def test_initial_state():
     assert float(kept.baseline) == 3.5
 
 
-def cross_entropy(params, tokens):
-    """Of each token after the first, by optax. [B, L]."""
-    inputs = tokens[:, :-1]
-    states = hidden_states(params, inputs, jnp.ones(inputs.shape, bool), CONFIG)
-    return optax.softmax_cross_entropy_with_integer_labels(logits(params, states, CONFIG), tokens[:, 1:])
+# Steps of an estimator, by a tabular policy
 
 
-@pytest.mark.parametrize("microbatches", [1, 4])
-def test_pretraining_gradient_is_that_of_optax(microbatches):
-    params = oracles.random_params(1)
-    loss, expected = optax_gradient(params)
-    gradient = jax.jit(functools.partial(pretrain_gradient, config=CONFIG, microbatches=microbatches))
-    grads, metrics = gradient(params, TOKENS)
-    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-    for array, wanted in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(array, wanted, rtol=1e-4, atol=1e-5)
-    assert set(metrics) == {"loss"}
+ROLLOUT = dataclasses.replace(ALL, behavior_logprobs=score_all(PARAMS["logits"]))
+ROLLOUT, BATCH_REWARDS = jax.tree.map(lambda x: x[jnp.array([0, 3, 5, 6, 1, 2, 3, 4])], (ROLLOUT, REWARDS))
+SGD = optax.sgd(0.5)
 
 
-optax_gradient = jax.jit(jax.value_and_grad(lambda params: jnp.mean(cross_entropy(params, TOKENS))))
+def step(name, state=None, rewards=BATCH_REWARDS, score_fn=None, behavior=None, group_size=2, **options):
+    """One step by a named estimator. Learning rate 0.5."""
+    more = {k: options.pop(k) for k in ("key", "microbatches", "greedy_rewards", "measure_noise") if k in options}
+    rollout = ROLLOUT if behavior is None else dataclasses.replace(ROLLOUT, behavior_logprobs=behavior)
+    return policy_gradient_update(
+        init_state(PARAMS, SGD, BETA) if state is None else state,
+        rollout,
+        rewards,
+        estimator=make_estimator(name, **options),
+        score_fn=score_fn or (lambda params, rollout, _: scores(params, rollout, REF)),
+        optimizer=SGD,
+        group_size=group_size,
+        ref_logprobs=scores(PARAMS | {"logits": REF}, rollout, REF).logprobs,
+        **more,
+    )
 
 
-def test_pretraining_refuses_a_batch_that_does_not_divide():
-    with pytest.raises(InputError, match="8 sequences does not divide into 3"):
-        pretrain_gradient(oracles.random_params(1), TOKENS, CONFIG, microbatches=3)
+def assert_close(tree, expected):
+    for array, wanted in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(array, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_held_out_nats_are_those_of_optax():
-    params = oracles.random_params(1)
-    mask = jnp.asarray(np.random.default_rng(1).random((8, 5)) < 0.6)
-    nats = np.asarray(jax.jit(cross_entropy)(params, TOKENS))
-    measured = jax.jit(held_out_nats, static_argnums=3)(params, TOKENS, mask, CONFIG)
-    np.testing.assert_allclose(measured, nats[mask].sum(), rtol=1e-5)
-    logprobs = jax.jit(language_model_logprobs, static_argnums=2)(params, TOKENS, CONFIG)
-    np.testing.assert_allclose(logprobs, -nats, rtol=1e-4, atol=1e-6)
+def rows_of(tree, rows):
+    return jax.tree.map(lambda x: x[np.asarray(rows)], tree)
+
+
+def by_hand(state, parts, estimator="importance_token", clip=None):
+    """Plain gradient steps over the parts of the batch, with RLOO's advantages of the whole of it."""
+    ref = scores(PARAMS | {"logits": REF}, ROLLOUT, REF).logprobs
+    penalised = BATCH_REWARDS - BETA * jnp.sum(
+        jnp.where(ROLLOUT.completion_mask, ROLLOUT.behavior_logprobs - ref, 0.0), axis=1
+    )
+    pairs = penalised.reshape(-1, 2)
+    advantages = (pairs - pairs[:, ::-1]).reshape(-1)
+    params = state.params
+    for rows in parts:
+
+        def loss(params, rows=rows):
+            logprobs = scores(params, rows_of(ROLLOUT, rows), REF).logprobs
+            ratio = jax.lax.stop_gradient(jnp.exp(logprobs - ROLLOUT.behavior_logprobs[rows]))
+            mask = ROLLOUT.completion_mask[rows]
+            terms = jnp.where(mask, jnp.minimum(ratio, 2.0) * advantages[rows][:, None] * logprobs, 0.0)
+            return -jnp.sum(terms) / len(rows)
+
+        params = jax.tree.map(lambda p, g: p - 0.5 * g, params, jax.grad(loss)(params))
+    return params
+
+
+def test_epochs_go_over_the_batch_again():
+    state, _ = step("importance_token", epochs=3)
+    assert_close(state.params, by_hand(init_state(PARAMS, SGD), [np.arange(8)] * 3))
+    assert (int(state.step), int(state.nonfinite)) == (1, 0)
+
+
+def test_minibatches_are_shuffled_parts_each_with_an_update():
+    key = jax.random.key(5)
+    parts = [jax.random.permutation(k, 8) for k in jax.random.split(key, 2)]
+    parts = [rows for whole in parts for rows in whole.reshape(2, 4)]
+    assert sorted(np.concatenate(parts[:2]).tolist()) == list(range(8))
+    state, _ = step("importance_token", epochs=2, minibatches=2, key=key)
+    assert_close(state.params, by_hand(init_state(PARAMS, SGD), parts))
+    other, _ = step("importance_token", epochs=2, minibatches=2, key=jax.random.key(6))
+    assert jnp.max(jnp.abs(other.params["logits"] - state.params["logits"])) > 1e-4
+    with pytest.raises(ValueError, match="need a key"):
+        step("importance_token", minibatches=2)
+
+
+def test_metrics_of_several_updates():
+    one, first = step("ppo", epochs=1)
+    _, both = step("ppo", epochs=2)
+    _, second = step("ppo", epochs=1, state=dataclasses.replace(one, params=one.params))
+    assert float(first["ratio_max"]) == pytest.approx(1, abs=1e-5)
+    assert float(both["ratio_max"]) > 1.01 and float(both["ratio_min"]) < 0.99
+    assert float(both["effective_sample_size"]) < 0.999
+    np.testing.assert_allclose(both["ratio_max"], second["ratio_max"], rtol=1e-5)
+    np.testing.assert_allclose(both["ratio_min"], second["ratio_min"], rtol=1e-5)
+    np.testing.assert_allclose(both["effective_sample_size"], second["effective_sample_size"], rtol=1e-5)
+    np.testing.assert_allclose(both["kl"], (first["kl"] + second["kl"]) / 2, rtol=1e-5)
+    assert float(both["logprob_gap"]) < 1e-5 < float(second["logprob_gap"])
+    assert all(jnp.ndim(value) == 0 for value in both.values())
+
+
+def test_a_step_of_updates_that_are_not_finite_counts_once():
+    state, metrics = step("ppo", rewards=BATCH_REWARDS.at[0].set(jnp.nan), epochs=3)
+    assert (int(state.step), int(state.nonfinite), int(metrics["nonfinite"])) == (1, 1, 1)
+    assert_bitwise(state.params, PARAMS)
+    state, metrics = step("ppo", state=state, rewards=BATCH_REWARDS.at[0].set(jnp.nan), epochs=3)
+    assert (int(state.step), int(state.nonfinite), int(metrics["nonfinite"])) == (2, 2, 2)
+    state, metrics = step("ppo", state=state, epochs=3)
+    assert (int(state.step), int(state.nonfinite), int(metrics["nonfinite"])) == (3, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["ppo", "rloo"])
+def test_microbatches_change_nothing(name):
+    whole, metrics = step(name)
+    parts, same = step(name, microbatches=4)
+    assert_close(parts.params, whole.params)
+    assert_close(same, metrics)
+
+
+def test_critic_learns_the_returns():
+    """With no policy to learn, its error falls to the spread of the returns of each prefix."""
+    state, metrics = init_state(PARAMS, SGD, 0.0), {}
+    errors = []
+    for _ in range(60):
+        state, metrics = step("reinforce_value", state, value_coefficient=2.0)
+        errors.append(float(metrics["value_loss"]))
+    first = step("reinforce_value", init_state(PARAMS, SGD, 0.0))[1]
+    mask = np.asarray(ROLLOUT.completion_mask)
+    values = np.asarray(scores(PARAMS, ROLLOUT, REF).values)
+    returns = np.broadcast_to(np.asarray(BATCH_REWARDS)[:, None], mask.shape)
+    np.testing.assert_allclose(first["value_loss"], np.mean((values - returns)[mask] ** 2) / 2, rtol=1e-5)
+    explained = 1 - np.var((returns - values)[mask]) / np.var(returns[mask])
+    np.testing.assert_allclose(first["explained_variance"], explained, rtol=1e-4)
+    assert errors[-1] < 0.3 * errors[0]
+    assert float(metrics["explained_variance"]) > 0
+
+
+def test_a_value_clip_holds_the_critic_back():
+    free, _ = step("ppo", value_clip=np.inf, epochs=8)
+    held, _ = step("ppo", value_clip=0.01, epochs=8)
+    moves = [jnp.max(jnp.abs(s.params["values"] - PARAMS["values"])) for s in (free, held)]
+    assert moves[1] < 0.5 * moves[0]
+
+
+def test_a_critic_that_is_not_there_is_missed():
+    def blind(params, rollout, _):
+        return scores(params, rollout, REF)._replace(values=None)
+
+    with pytest.raises(ValueError, match="has a critic, and the policy has none"):
+        step("ppo", score_fn=blind)
+    assert "value_loss" not in step("rloo", score_fn=blind)[1]
+
+
+def test_coefficient_is_steered_to_the_target():
+    _, metrics = step("rloo")
+    kl = float(metrics["kl"])
+    state, metrics = step("rloo", kl_target=kl / 1.1, kl_horizon=80.0)
+    np.testing.assert_allclose(state.kl_coefficient, BETA * (1 + 0.1 * 8 / 80), rtol=1e-5)
+    np.testing.assert_allclose(metrics["kl_coefficient"], BETA, rtol=1e-6)
+    assert float(step("rloo")[0].kl_coefficient) == pytest.approx(BETA)
+
+
+def moved(name, **more):
+    return step(name, **more)[0].params["logits"] - PARAMS["logits"]
+
+
+def test_rewards_are_shaped_before_they_are_charged():
+    doubled = moved("rloo", rewards=2 * BATCH_REWARDS)
+    np.testing.assert_allclose(moved("rloo", reward_scale=2.0), doubled, rtol=1e-5, atol=1e-7)
+    clipped = moved("rloo", rewards=jnp.minimum(BATCH_REWARDS, 1.0))
+    np.testing.assert_allclose(moved("rloo", reward_clip=1.0), clipped, rtol=1e-5, atol=1e-7)
+    white = (BATCH_REWARDS - jnp.mean(BATCH_REWARDS)) / jnp.std(BATCH_REWARDS)
+    np.testing.assert_allclose(moved("rloo", whiten_rewards=True), moved("rloo", rewards=white), rtol=1e-4, atol=1e-6)
+    lengths = jnp.sum(ROLLOUT.completion_mask, axis=1)
+    np.testing.assert_allclose(
+        moved("rloo", overlong_share=0.5), moved("rloo", rewards=BATCH_REWARDS - (lengths == 2)), rtol=1e-5, atol=1e-7
+    )
+    assert float(step("rloo", reward_scale=2.0)[1]["reward"]) == pytest.approx(float(jnp.mean(BATCH_REWARDS)))
+
+
+def test_greedy_rewards_are_shaped_as_the_others_are():
+    greedy = jnp.full(8, 1.75)
+    plain = moved("reinforce", rewards=2 * BATCH_REWARDS - 3.5)
+    np.testing.assert_allclose(moved("remax", greedy_rewards=greedy, reward_scale=2.0), plain, rtol=1e-5, atol=1e-7)
+
+
+def test_groups_without_signal_are_counted():
+    rewards = jnp.array([1.0, 1, 2, 3, 4, 4, 5, 5])
+    assert float(step("rloo", rewards=rewards)[1]["zero_signal_groups"]) == pytest.approx(0.75)
+    assert float(step("rloo", rewards=rewards, group_size=4)[1]["zero_signal_groups"]) == 0
+    assert "zero_signal_groups" not in step("reinforce", group_size=1)[1]
+
+
+@pytest.mark.parametrize("normalize", ["completion", "token"])
+def test_noise_is_that_of_the_groups(normalize):
+    def gradient(rows):
+        """The completion gradient of one pair, by an update of its own."""
+        part = rows_of(ROLLOUT, rows)
+        state, _ = policy_gradient_update(
+            init_state(PARAMS, SGD, BETA),
+            part,
+            BATCH_REWARDS[rows],
+            estimator=make_estimator("rloo"),
+            score_fn=lambda params, rollout, _: scores(params, rollout, REF),
+            optimizer=SGD,
+            group_size=2,
+            ref_logprobs=scores(PARAMS | {"logits": REF}, part, REF).logprobs,
+        )
+        return np.asarray(state.params["logits"] - PARAMS["logits"]).ravel() / 0.5
+
+    gradients = np.stack([gradient(np.array([i, i + 1])) for i in range(0, 8, 2)])
+    variance = np.trace(np.cov(gradients.T))
+    signal = np.sum(gradients.mean(0) ** 2) - variance / 4
+    _, metrics = step("rloo", normalize=normalize, measure_noise=True)
+    np.testing.assert_allclose(metrics["grad_variance"], variance, rtol=1e-4)
+    np.testing.assert_allclose(metrics["grad_snr"], signal / variance * 4, rtol=1e-3)
+    assert "grad_variance" not in step("rloo")[1]

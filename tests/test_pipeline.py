@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import pipeline, pretrain, reinforce
+from experiments import collect, pipeline, pretrain, reinforce
 from experiments.compare import Comparing
+from experiments.options import EstimatorOptions
 from rl_jax.data.corpus import read_passages
 from rl_jax.errors import InputError
+from rl_jax.reinforce.estimators import ESTIMATORS
 from rl_jax.rewards.compose import RewardConfig
 
 PRETRAINING = pretrain.Pretraining(
@@ -66,42 +68,78 @@ def test_the_pipeline_writes_what_the_readme_says(config):
     assert len(pairs) == 8 and all(len(p["after"]["tokens"]) == len(p["after"]["log_ratio"]) for p in pairs)
 
 
-@pytest.mark.parametrize("reward", [RewardConfig(), RewardConfig(("length", "sentiment"), (1.0, 0.5), target_length=3)])
-def test_each_program_compiles_once(config, reward, monkeypatch):
-    compiled = {}
+@pytest.fixture
+def programs(monkeypatch):
+    """How often each program of the scripts was compiled, where it was called at all."""
+    compiled, pmapped = {}, reinforce.pmapped
 
     def counting(fn, *args, **kwargs):
         compiled[fn.__name__] = program = pmapped(fn, *args, **kwargs)
         return program
 
-    pmapped = reinforce.pmapped
-    monkeypatch.setattr(reinforce, "pmapped", counting)
-    monkeypatch.setattr(pretrain, "pmapped", counting)
+    for module in (reinforce, collect, pretrain):
+        monkeypatch.setattr(module, "pmapped", counting)
+    return lambda: {name: count for name, program in compiled.items() if (count := program._cache_size())}
+
+
+@pytest.mark.parametrize("reward", [RewardConfig(), RewardConfig(("length", "sentiment"), (1.0, 0.5), target_length=3)])
+def test_each_program_compiles_once(config, reward, programs):
     pipeline.main(change(config, "reward", reward))
-    assert {name for name, program in compiled.items() if program._cache_size()} == {
-        "update", "evaluate", "sample", "learn"
-    }  # fmt: skip
-    assert {program._cache_size() for program in compiled.values()} <= {0, 1}
+    assert programs() == dict.fromkeys(("update", "evaluate", "sample", "learn"), 1)
 
 
-def test_a_reward_on_tokens_runs_in_one_program_with_rollout_and_update(config, monkeypatch):
-    compiled = {}
-    pmapped = reinforce.pmapped
-    monkeypatch.setattr(
-        reinforce, "pmapped", lambda fn, *rest, **more: compiled.setdefault(fn.__name__, pmapped(fn, *rest, **more))
-    )
+def test_a_reward_on_tokens_runs_in_one_program_with_rollout_and_update(config, programs):
     pipeline.main(change(config, "reward", RewardConfig(("length",), target_length=3)))
-    assert {name: program._cache_size() for name, program in compiled.items()} == {
-        "sample": 0, "learn": 0, "sample_and_learn": 1
-    }  # fmt: skip
+    assert programs() == dict.fromkeys(("update", "evaluate", "sample_and_learn"), 1)
 
 
-@pytest.mark.parametrize("baseline", ["group_mean", "moving_average", "none"])
-def test_every_baseline_runs(config, baseline):
-    config = change(config, "reinforce.baseline", baseline)
-    config = change(config, "reinforce.microbatches", 2)
-    pipeline.main(config)
-    assert all(np.isfinite(row["grad_norm"]) for (stage, _), row in rows(config.run).items() if stage == "rl")
+def estimator_metrics(config, name, **options):
+    """The rows of RL's metrics of a run with the estimator."""
+    config = change(config, "reinforce.estimator", name)
+    config = change(config, "reinforce.options", EstimatorOptions(**options))
+    pipeline.main(change(config, "reinforce.microbatches", 2))
+    found = [row for (stage, _), row in rows(config.run).items() if stage == "rl"]
+    assert all(np.isfinite(row["grad_norm"]) and row["nonfinite"] == 0 for row in found)
+    assert any(row["grad_norm"] > 0 for row in found)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"ppo", "dapo", "remax", "rloo"}))
+def test_every_estimator_runs(config, name):
+    common = {"kl", "kl_k1", "entropy", "zero_signal_groups", "clipped", "ratio_min", "ratio_max", "truncated"}
+    common |= {"effective_sample_size", "logprob_gap", "grad_norm", "kl_coefficient"}
+    row = estimator_metrics(config, name)[-1]
+    assert common <= set(row)
+    assert ("explained_variance" in row) == ESTIMATORS[name].critic
+
+
+def test_ppo_runs_with_its_critic_minibatches_and_a_target(config):
+    found = estimator_metrics(config, "ppo", epochs=2, minibatches=2, kl_target=0.001, kl_horizon=64.0)
+    assert found[0]["ratio_max"] > 1.00001 and found[0]["logprob_gap"] < 1e-5
+    assert {"explained_variance", "value_loss"} <= set(found[0])
+    assert found[-1]["kl_coefficient"] > found[0]["kl_coefficient"] == pytest.approx(0.05)
+    assert set(load_file(config.run / "policy/model.safetensors")) == set(
+        load_file(config.run / "pretrained/model.safetensors")
+    ), "the critic stays with the run"
+
+
+def test_remax_runs_with_a_reward_on_text(config):
+    assert estimator_metrics(config, "remax")[-1]["reward_std"] > 0
+
+
+def test_dapo_fills_the_batch_with_groups_that_have_a_signal(config, programs):
+    rare = change(config, "reward", RewardConfig(("keyword",), keywords=("a",)))
+    found = estimator_metrics(change(rare, "run", config.run.with_name("filled")), "dapo", sampling_rounds=6)
+    assert set(programs().values()) == {1}
+    once = estimator_metrics(change(rare, "run", config.run.with_name("once")), "dapo", sampling_rounds=1)
+    assert once[0]["zero_signal_groups"] > found[0]["zero_signal_groups"]
+    assert 1 < found[0]["rounds"] <= 6 and "rounds" not in once[0]
+
+
+def test_noise_is_measured_when_it_is_asked_for(config):
+    found = estimator_metrics(change(config, "reinforce.noise_every", 2), "rloo")
+    assert ["critical_batch_size" in row for row in found] == [True, False, True, False]
 
 
 def command(config) -> list[str]:
@@ -109,6 +147,7 @@ def command(config) -> list[str]:
     settings = {"run": config.run, "corpus": config.corpus}
     settings |= {f"pretrain.{k.name}": getattr(config.pretrain, k.name) for k in dataclasses.fields(config.pretrain)}
     settings |= {f"reinforce.{k.name}": getattr(config.reinforce, k.name) for k in dataclasses.fields(config.reinforce)}
+    settings.pop("reinforce.options")
     settings |= {f"reinforce.compare.{k}": v for k, v in dataclasses.asdict(settings.pop("reinforce.compare")).items()}
     words = [sys.executable, "experiments/pipeline.py"]
     for name, value in settings.items():
@@ -194,7 +233,11 @@ MISTAKES = {
     "warmup": ("reinforce.warmup", -1, "warmup"),
     "clipping": ("pretrain.clip_norm", -1.0, "clip_norm"),
     "learning rate": ("reinforce.learning_rate", float("nan"), "learning_rate"),
-    "penalty": ("reinforce.kl_coefficient", float("inf"), "kl_coefficient"),
+    "penalty": ("reinforce.options", EstimatorOptions(kl_coefficient=float("inf")), "kl_coefficient"),
+    "estimator": ("reinforce.estimator", "grppo", "grpo, dr_grpo"),
+    "option without effect": ("reinforce.options", EstimatorOptions(clip_high=0.2), "clip_high has no effect for rloo"),
+    "epochs on policy": ("reinforce.options", EstimatorOptions(epochs=2), "one update from a batch"),
+    "noise": ("reinforce.noise_every", -1, "noise_every"),
     "prompts": ("reinforce.compare.prompts", 8_000, "passages"),
 }
 

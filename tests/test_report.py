@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from rl_jax.errors import InputError
-from rl_jax.run import report
+from rl_jax.run import report, report_sections
+from rl_jax.run.run_files import read_run
 
 HOSTILE = "</title></style><script>alert(1)</script><img src=x onerror='alert(2)'>\"{0}&lt;"
 VOID = {"meta", "path", "use", "rect"}  # `path`, `use` and `rect` close themselves
@@ -191,7 +192,7 @@ def test_first_screen_tells_the_result(page):
 def test_headline_claims_no_more_than_the_intervals(after, interval, expected):
     names = ("reward", "reward_before", "reward_before_interval")
     summary = {name: SUMMARY[name] for name in names} | {"reward_after": after, "reward_after_interval": interval}
-    assert report.headline(summary, {}) == expected
+    assert report_sections.headline(summary, {}) == expected
 
 
 def test_page_runs_and_fetches_nothing(page):
@@ -251,18 +252,18 @@ def test_numbers_that_are_none_or_not_finite(folder):
 
 
 def test_later_row_of_a_step_wins(folder):
-    rows = [{"stage": "rl", "step": step, "reward": reward} for step, reward in ((1, 0.1), (2, 0.2), (3, 0.3))]
+    rows = [{"stage": "rl", "step": step, "reward": reward} for step, reward in ((1, 0.1), (3, 0.3), (2, 0.2))]
     again = [{"stage": "rl", "step": step, "reward": reward} for step, reward in ((2, 2.0), (4, 4.0), (3, 3.0))]
     write_metrics(folder, rows + again + PRETRAIN)
-    metrics = report.read_run(folder).metrics
+    metrics = read_run(folder).metrics
     assert [(row["step"], row["reward"]) for row in metrics["rl"]] == [(1, 0.1), (2, 2.0), (3, 3.0), (4, 4.0)]
     assert metrics["pretrain"] == PRETRAIN
 
 
 def test_half_written_lines_are_left_out_and_said(folder):
-    assert report.read_run(folder).unreadable == 0
+    assert read_run(folder).unreadable == 0
     write_metrics(folder, RL, tail='{"stage": "rl", "st\n\n[1, 2]\n{"stage": "rl", "step": 3, "rew')
-    run = report.read_run(folder)
+    run = read_run(folder)
     assert run.metrics == {"rl": RL} and run.unreadable == 3
     assert "Lines of metrics.jsonl left out because they are no whole row: 3." in page_of(folder).text
 
@@ -352,12 +353,12 @@ def test_completions_show_every_token_and_its_log_ratio(page):
     ],
 )
 def test_numbers_keep_three_digits(before, after, cells):
-    page = Page(report.before_after({"reward_before": before, "reward_after": after}))
+    page = Page(report_sections.before_after({"reward_before": before, "reward_after": after}))
     assert page.cells("Reward") == cells
 
 
 def test_pairs_beyond_the_fold_are_all_there(folder):
-    pairs = [PAIR | {"prompt": f"prompt {number}."} for number in range(report.OPEN_PAIRS + 2)]
+    pairs = [PAIR | {"prompt": f"prompt {number}."} for number in range(report_sections.OPEN_PAIRS + 2)]
     write(folder, "completions.json", {"pairs": pairs})
     page = page_of(folder)
     assert all(pair["prompt"] in page.text for pair in pairs)
@@ -369,7 +370,7 @@ def test_pairs_beyond_the_fold_are_all_there(folder):
     [(0.0, ""), (0.16, ""), (0.18, "up1"), (-1.0, "down3"), (2.0, "up6"), (-9.0, "down6"), (None, "")],
 )
 def test_shade(log_ratio, expected):
-    assert report.shade(log_ratio, limit=2.0) == expected
+    assert report_sections.shade(log_ratio, limit=2.0) == expected
 
 
 def test_every_class_of_the_page_has_a_style(folder):
@@ -377,7 +378,7 @@ def test_every_class_of_the_page_has_a_style(folder):
     page = page_of(folder)
     css = page.source[page.source.index("<style>") : page.source.index("</style>")]
     used = {name for attribute, value in page.attributes if attribute == "class" for name in value.split()}
-    assert used >= set(report.SHADES) - {""}  # the legend shows them all
+    assert used >= set(report_sections.SHADES) - {""}  # the legend shows them all
     assert not [name for name in used if not re.search(rf"\.{name}\b", css)]
 
 

@@ -1,10 +1,9 @@
-"""The parts of the scripts that compute something: splits, schedules, units, baselines; and completing prompts."""
+"""The parts of the scripts that compute something: splits, schedules, units; and completing prompts."""
 
 import io
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,22 +27,6 @@ def test_prompts_of_the_comparison_are_never_learned_from_and_span_the_corpus():
     assert [text[0] for text in kept] == ["A", "E", "I", "M", "Q"]
     with pytest.raises(InputError, match="need 9"):
         reinforce.split_prompts(settings, TOKENIZER, passages[:8])
-
-
-@pytest.mark.parametrize(
-    ("baseline", "expected"),
-    [
-        ("leave_one_out", [-2, 2, 0, 0]),
-        ("group_mean", [-1, 1, 0, 0]),
-        ("moving_average", [-1, 1, 3, 3]),
-        ("none", [1, 3, 5, 5]),
-    ],
-)
-def test_baselines_are_what_they_are_called(baseline, expected):
-    advantage_fn = reinforce.advantage_function(reinforce.Reinforcing(group_size=2, baseline=baseline))
-    advantages, carried = advantage_fn(jnp.array([1.0, 3.0, 5.0, 5.0]), jnp.float32(2))
-    assert advantages.tolist() == expected
-    assert float(carried) == pytest.approx(0.95 * 2 + 0.05 * 3.5 if baseline == "moving_average" else 2)
 
 
 def test_learning_rate_rises_and_falls_to_a_tenth():

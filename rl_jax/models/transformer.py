@@ -287,6 +287,20 @@ def logits(params: PyTree, states: Array, config: TransformerConfig) -> Array:
     return _apply(params, config, states, method="unembed")
 
 
+def add_value_head(params: PyTree, config: TransformerConfig) -> PyTree:
+    """The parameters with a critic beside them: a linear function of the final states, 0 to begin with."""
+    head = {"kernel": jnp.zeros((config.width, 1)), "bias": jnp.zeros(1)}
+    return {**params, "value_head": head}
+
+
+def values(params: PyTree, states: Array) -> Array | None:
+    """What the critic expects after each state. [..., D] -> float32 [...]; None where there is no critic."""
+    if "value_head" not in params:
+        return None
+    head = params["value_head"]
+    return jnp.einsum("...d,dk->...k", states.astype(jnp.float32), head["kernel"])[..., 0] + head["bias"][0]
+
+
 def prefill(params: PyTree, tokens: Array, mask: Array, config: TransformerConfig, columns: int) -> tuple[Array, Cache]:
     """Read left-padded prompts into a new cache.
 

@@ -1,28 +1,40 @@
-"""The REINFORCE gradient of a batch of rollouts, for any policy that can score them."""
+"""The gradient of a batch of rollouts, for any policy that can score them and any loss on its log-probabilities."""
 
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import chex
 import jax
-import jax.numpy as jnp
 
-from rl_jax.masked import masked_sum
+from rl_jax.masked import masked_mean, masked_sum
 from rl_jax.microbatch import sum_over_microbatches
-from rl_jax.reinforce.objectives import Normalize, reinforce_loss, token_weights
+from rl_jax.reinforce.diagnostics import ratio_metrics
+from rl_jax.reinforce.objectives import Loss, Normalize, reinforce_loss, token_weights
 from rl_jax.types import Array, Metrics, PyTree, Rollout
 
 
-class Scores(Protocol):
-    """What the gradient needs to know of each completion token, [B, C] each; see `rl_jax.scoring.TokenScores`."""
+class Scores(NamedTuple):
+    """What a policy says of each completion token. Every array is float32 [B, C].
+
+    Attributes:
+        logprobs: under the distribution that was sampled from, filters included, nats.
+        entropy: of the distribution at the sampling temperature, nats.
+        kl: exact KL from the reference at the sampling temperature, nats; zeros without a reference.
+        values: the return that a critic expects before each token, reward units; None without one.
+    """
 
     logprobs: Array
     entropy: Array
     kl: Array
+    values: Array | None = None
 
 
 ScoreFn = Callable[[PyTree, Rollout, Any], Scores]
 """Params, rollout, context (any pytree of arrays [B, ...], or None) -> Scores."""
+
+PenaltyFn = Callable[[Scores, Any], Array]
+"""Scores and context -> terms [B, C] that the loss adds to its own under the same weights."""
 
 
 class _Batch(NamedTuple):
@@ -30,8 +42,11 @@ class _Batch(NamedTuple):
     advantages: Array
     context: Any
     weights: Array
-    by_token: Array
-    by_completion: Array
+
+
+def supply(fn: Callable[..., Any], quantities: dict[str, Any]) -> Any:
+    """Calls `fn` with those of the quantities that it names among its parameters, its bound options aside."""
+    return fn(**{name: quantities[name] for name in inspect.signature(fn).parameters if name in quantities})
 
 
 def reinforce_gradient(
@@ -41,10 +56,12 @@ def reinforce_gradient(
     score_fn: ScoreFn,
     *,
     normalize: Normalize,
+    loss_fn: Callable[..., Loss] = reinforce_loss,
+    penalty_fn: PenaltyFn | None = None,
     context: Any = None,
     microbatches: int = 1,
 ) -> tuple[PyTree, Metrics]:
-    """Gradient of the REINFORCE loss, the same however the batch is split.
+    """Gradient of a loss of `rl_jax.reinforce.objectives`, the same however the batch is split.
 
     Args:
         params: the policy's parameters, which the gradient is taken for.
@@ -52,39 +69,43 @@ def reinforce_gradient(
         advantages: one for each completion [B] or each token [B, C]. No gradient flows through them.
         score_fn: the policy's scores of a rollout.
         normalize: what the loss is a mean of; see `token_weights`.
-        context: what `score_fn` is given besides, split with the rollout.
+        loss_fn: names among its parameters what it needs of logprobs, behavior_logprobs, advantages and weights.
+        penalty_fn: what else the loss holds: a divergence, a critic's error.
+        context: what `score_fn` and `penalty_fn` are given besides, split with the rollout.
         microbatches: parts that the batch is worked through in, to save memory.
 
     Returns:
         The gradient, shaped as `params`, and metrics: loss; entropy (mean over tokens, nats); kl (exact, nats a
-        completion); logprob_gap (mean over tokens of |behavior_logprobs - logprobs|, nats: for a policy that has not
-        changed since it sampled, what the sampler and the learner disagree by).
+        completion); clipped (share of tokens); those of `ratio_metrics`, of which logprob_gap is, for a policy that
+        has not changed since it sampled, what the sampler and the learner disagree by.
     """
-    chex.assert_rank(advantages, {1, 2})
-    chex.assert_equal_shape_prefix([advantages, rollout.completion_mask], advantages.ndim)
     mask = rollout.completion_mask
-    batch = _Batch(
-        rollout,
-        jax.lax.stop_gradient(advantages),
-        context,
-        weights=token_weights(mask, normalize),
-        by_token=token_weights(mask, "token"),
-        by_completion=token_weights(mask, "completion"),
-    )
+    chex.assert_rank(advantages, {1, 2})
+    chex.assert_equal_shape_prefix([advantages, mask], advantages.ndim)
+    batch = _Batch(rollout, jax.lax.stop_gradient(advantages), context, token_weights(mask, normalize))
 
-    def loss_fn(params: PyTree, part: _Batch) -> tuple[Array, Metrics]:
+    def loss(params: PyTree, part: _Batch) -> tuple[Array, tuple[Scores, Array]]:
         scores = score_fn(params, part.rollout, part.context)
-        loss, metrics = reinforce_loss(scores.logprobs, part.advantages, part.weights)
-        gap = jnp.abs(part.rollout.behavior_logprobs - scores.logprobs)
-        terms = {
-            "entropy": part.by_token * scores.entropy,
-            "kl": part.by_completion * scores.kl,
-            "logprob_gap": part.by_token * gap,
+        quantities = {
+            "logprobs": scores.logprobs,
+            "behavior_logprobs": part.rollout.behavior_logprobs,
+            "advantages": part.advantages,
+            "weights": part.weights,
         }
-        sums = {name: masked_sum(term, part.rollout.completion_mask) for name, term in terms.items()}
-        return loss, jax.lax.stop_gradient(metrics | sums)
+        total, clipped = supply(loss_fn, quantities)
+        if penalty_fn is not None:
+            total += masked_sum(part.weights * penalty_fn(scores, part.context), part.rollout.completion_mask)
+        return total, jax.lax.stop_gradient((scores, clipped))
 
-    def gradient(part: _Batch) -> tuple[PyTree, Metrics]:
-        return jax.grad(loss_fn, has_aux=True)(params, part)
+    def gradient(part: _Batch) -> tuple[tuple[Array, PyTree], tuple[Scores, Array]]:
+        (total, rows), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
+        return (total, grads), rows
 
-    return sum_over_microbatches(gradient, batch, microbatches)
+    (total, grads), (scores, clipped) = sum_over_microbatches(gradient, batch, microbatches)
+    return grads, {
+        "loss": total,
+        "entropy": masked_mean(scores.entropy, mask),
+        "kl": masked_sum(scores.kl, mask) / len(mask),
+        "clipped": masked_mean(clipped, mask),
+        **ratio_metrics(scores.logprobs, rollout.behavior_logprobs, mask),
+    }

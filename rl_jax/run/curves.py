@@ -1,22 +1,25 @@
 """Small multiples of a run's metrics, as inline SVG."""
 
 import io
-import math
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-Rows = Sequence[dict[str, Any]]
+from rl_jax.run.run_files import Rows, finite
+
+Line = tuple[np.ndarray, np.ndarray]
+"""Steps [n] and values [n] of a metric."""
 
 
 class Panel(NamedTuple):
-    """One small figure: its title, its vertical axis, and a label for each metric drawn in it."""
+    """One small figure: its title, its vertical axis, and a label for each metric drawn in it, the last on top."""
 
     title: str
     unit: str
     series: dict[str, str]
+    log: bool = False  # a logarithmic axis, where the values span a factor of ten
+    lost: str = "not finite"  # what a value that is no number means
 
 
 PANELS = {
@@ -27,18 +30,32 @@ PANELS = {
     ),
     "rl": (
         Panel("Reward", "mean a completion", {"reward": ""}),
-        Panel("Exact KL", "nats a completion", {"kl": ""}),
+        Panel("KL", "nats a completion", {"kl_k1": "estimated", "kl": "exact"}),
         Panel("Entropy", "nats a token", {"entropy": ""}),
         Panel("Reward spread", "standard deviation", {"reward_std": ""}),
         Panel("Completion length", "tokens", {"length": ""}),
-        Panel("Lost signal", "share", {"truncated": "truncated", "zero_signal_groups": "zero-signal groups"}),
-        Panel("Gradient norm", "global L2 norm", {"grad_norm": ""}),
+        Panel(
+            "Lost signal",
+            "share",
+            {"truncated": "truncated", "zero_signal_groups": "zero-signal", "clipped": "clipped"},
+        ),
         Panel("Sampler–learner gap", "nats a token", {"logprob_gap": ""}),
+        Panel("Importance ratio", "of a token", {"ratio_max": "highest", "ratio_min": "lowest"}, log=True),
+        Panel("Effective sample size", "share of completions", {"effective_sample_size": ""}),
+        Panel("Gradient norm", "global L2 norm", {"grad_norm": ""}),
+        Panel("Gradient signal to noise", "squared norm / variance", {"grad_snr": ""}),
+        Panel("Critical batch size", "prompts", {"critical_batch_size": ""}, log=True, lost="without a signal"),
+        Panel("Explained variance", "share of the returns’", {"explained_variance": ""}),
+        Panel("Value loss", "half the squared error", {"value_loss": ""}),
+        Panel("KL coefficient", "reward a nat", {"kl_coefficient": ""}),
+        Panel("Sampling rounds", "an update", {"rounds": ""}),
         Panel("Learning rate", "step size", {"learning_rate": ""}),
     ),
 }
 TITLES = {"pretrain": "Pretraining", "rl": "Reinforcement learning"}
-COLOURS = ("#2a6fb0", "#d9822b")  # blue and orange: told apart by every common kind of colour blindness
+RESTS = {"clipped": 0.0, "ratio_min": 1.0, "ratio_max": 1.0, "effective_sample_size": 1.0, "kl_coefficient": None}
+"""Metrics that are not drawn while they stay within a thousandth of a value; None stands for their first."""
+COLOURS = ("#2a6fb0", "#d9822b", "#1b222c")  # told apart with every common kind of colour blindness, and without colour
 GREY = "#5b6573"
 STYLE = {
     "svg.fonttype": "none",  # text stays text: it takes the page's font and can be searched
@@ -49,13 +66,9 @@ STYLE = {
     "xtick.color": GREY,
     "ytick.color": GREY,
 }
-UNSMOOTHED = frozenset({"held_out_loss", "learning_rate"})  # few points, or no noise
+UNSMOOTHED = frozenset({"held_out_loss", "learning_rate", "kl_coefficient"})  # few points, or no noise
 NOTE = "Faint: every update. Strong: a centred mean over a twentieth of them, where they are 40 or more."
-
-
-def finite(value: Any) -> float | None:
-    """The value as a float; None where it is no number, or none that is finite."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+STILL = "Not drawn, because they never moved: {}."
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -78,8 +91,17 @@ def thin(values: np.ndarray, bins: int = 300) -> np.ndarray:
     return np.array(sorted(keep))
 
 
-def _series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [n] and values [n] of the rows that have the metric; NaN where it was not finite."""
+def resting_value(name: str, values: np.ndarray) -> float | None:
+    """The value that a metric of RESTS never left in any of its rows; None of other metrics, and where it moved."""
+    if name not in RESTS or not len(values):
+        return None
+    known = RESTS[name]
+    rest = float(values[0]) if known is None else known
+    return rest if np.all(np.abs(values - rest) <= 1e-3 * abs(rest)) else None  # NaN is no rest
+
+
+def _line(rows: Rows, name: str) -> Line:
+    """Of the rows that have the metric; NaN where it was not finite."""
     points = [(row["step"], finite(row[name])) for row in rows if name in row]
     return np.array([step for step, _ in points]), np.array([value for _, value in points], dtype=float)
 
@@ -101,17 +123,18 @@ def _inline(svg: str, prefix: str) -> str:
     return f'<svg viewBox="{box}" aria-hidden="true">{inner.strip()}'
 
 
-def draw(series: dict[str, tuple[np.ndarray, np.ndarray]], unit: str, prefix: str) -> str:
-    """An inline SVG of at most two metrics over steps.
+def draw(series: dict[str, Line], unit: str, prefix: str, log: bool = False) -> str:
+    """An inline SVG of at most three metrics over steps.
 
     Args:
-        series: steps [n] and values [n] of each metric by name.
+        series: each metric by name.
         unit: the label of the vertical axis.
         prefix: begins every id in the SVG; one for each figure of a page.
+        log: makes the vertical axis logarithmic where the positive values span a factor of ten.
     """
     import matplotlib  # slow to import, and only a report needs it
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": prefix}):
         figure = Figure(figsize=(3.5, 2.2), layout="constrained")
@@ -122,6 +145,10 @@ def draw(series: dict[str, tuple[np.ndarray, np.ndarray]], unit: str, prefix: st
         axes.grid(color="#e8ebef", linewidth=0.6)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        if log and (decades := _decades(series)) >= 1:
+            axes.set_yscale("log", nonpositive="clip")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=6))
+            axes.yaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}".replace("-", "−")))
         target = io.StringIO()
@@ -129,9 +156,15 @@ def draw(series: dict[str, tuple[np.ndarray, np.ndarray]], unit: str, prefix: st
     return _inline(target.getvalue(), prefix)
 
 
-def _panel(panel: Panel, rows: Rows, prefix: str) -> str:
-    series = {name: _series(rows, name) for name in panel.series}
-    series = {name: line for name, line in series.items() if np.isfinite(line[1]).any()}
+def _decades(series: dict[str, Line]) -> float:
+    """Powers of ten that the positive finite values span."""
+    values = np.concatenate([values for _, values in series.values()])
+    values = values[np.isfinite(values) & (values > 0)]
+    return float(np.log10(values.max() / values.min())) if len(values) else 0.0
+
+
+def _panel(panel: Panel, lines: dict[str, Line], prefix: str) -> str:
+    series = {name: lines[name] for name in panel.series if name in lines}
     if not series:
         return ""
     keys = "".join(
@@ -140,9 +173,9 @@ def _panel(panel: Panel, rows: Rows, prefix: str) -> str:
         if panel.series[name]
     )
     lost = sum(int((~np.isfinite(values)).sum()) for _, values in series.values())
-    keys += f'<span class="lost">{lost} not finite</span>' if lost else ""
+    keys += f'<span class="lost">{lost} {panel.lost}</span>' if lost else ""
     caption = f"<figcaption><strong>{panel.title}</strong>{keys}</figcaption>"
-    return f"<figure>{caption}{draw(series, panel.unit, prefix)}</figure>"
+    return f"<figure>{caption}{draw(series, panel.unit, prefix, panel.log)}</figure>"
 
 
 def curves(metrics: dict[str, Rows]) -> str:
@@ -153,7 +186,11 @@ def curves(metrics: dict[str, Rows]) -> str:
     """
     grids = ""
     for stage, panels in PANELS.items():
-        rows = metrics.get(stage, ())
-        figures = "".join(_panel(panel, rows, f"{stage}-{number}") for number, panel in enumerate(panels))
+        lines = {name: _line(metrics.get(stage, ()), name) for panel in panels for name in panel.series}
+        still = {name: resting_value(name, values) for name, (_, values) in lines.items()}
+        lines = {name: line for name, line in lines.items() if still[name] is None and np.isfinite(line[1]).any()}
+        figures = "".join(_panel(panel, lines, f"{stage}-{number}") for number, panel in enumerate(panels))
         grids += f'<h3>{TITLES[stage]}</h3><div class="grid">{figures}</div>' if figures else ""
+        names = ", ".join(f"{name} {value:g}" for name, value in still.items() if value is not None)
+        grids += f'<p class="note">{STILL.format(names)}</p>' if figures and names else ""
     return grids and grids + f'<p class="note">{NOTE}</p>'

@@ -1,0 +1,114 @@
+"""What an update learns from: completions and their rewards, on tokens within the compiled step, on text outside it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rl_jax.data.prompts import decode_completions, prompt_batch
+from rl_jax.keys import Purpose, step_key
+from rl_jax.models.transformer import TransformerConfig
+from rl_jax.reinforce.advantages import zero_signal_groups
+from rl_jax.rewards.compose import Reward
+from rl_jax.rewards.text import score_texts
+from rl_jax.rollout import generate, refill_groups
+from rl_jax.run.spmd import make_mesh, pmapped
+from rl_jax.sampling import Sampling, greedy
+from rl_jax.types import Array, PyTree, Rollout
+
+REFILLS = 1 << 32  # added to the seed: the stream of prompts that replace others; no seed is as large
+
+
+class Rewarded(NamedTuple):
+    """A rollout, and a reward [B] for each completion."""
+
+    rollout: Rollout
+    rewards: Array
+
+
+class Collected(NamedTuple):
+    """Completions of N prompts, G each, and where they are asked for the greedy completion of each prompt."""
+
+    sampled: Rewarded
+    greedy: Rewarded | None
+
+
+SampleFn = Callable[[PyTree, Array, Array, Array], Collected]
+"""Params, key, prompts [N, P], mask -> completions; their rewards are those on tokens."""
+
+CollectFn = Callable[[PyTree, int], tuple[Collected, int]]
+"""Params, number of the step -> completions with all their rewards, and how many batches were sampled for them."""
+
+
+def make_sample(config: TransformerConfig, sampling: Sampling, reward: Reward, needs_greedy: bool) -> SampleFn:
+    """A pure function that samples, and rewards what can be rewarded on tokens."""
+
+    def rewarded(rollout: Rollout) -> Rewarded:
+        if reward.on_tokens is None:
+            return Rewarded(rollout, jnp.zeros(len(rollout.completions)))
+        return Rewarded(rollout, reward.on_tokens(rollout))
+
+    def sample(params: PyTree, key: Array, prompts: Array, mask: Array) -> Collected:
+        sampled = rewarded(generate(params, key, prompts, mask, config, sampling))
+        if not needs_greedy:
+            return Collected(sampled, None)
+        return Collected(sampled, rewarded(generate(params, key, prompts, mask, config, greedy(sampling))))
+
+    return sample
+
+
+def make_collect(
+    sample: SampleFn,
+    prompts: tuple[np.ndarray, np.ndarray],
+    reward: Reward,
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    group_size: int,
+    rounds: int,
+    seed: int,
+) -> CollectFn:
+    """A function that samples, rewards tokens and text, and replaces groups whose rewards are all equal.
+
+    Args:
+        sample: from `make_sample`.
+        prompts: to choose from. int32 [M, P], bool [M, P].
+        reward: on tokens, on text, or both.
+        tokenizer: of the policy.
+        batch_size: N, prompts in a batch.
+        group_size: G.
+        rounds: batches sampled at most; from the second on, to replace groups.
+        seed: of prompts and completions.
+    """
+    mesh = make_mesh()
+    mapped_sample = pmapped(sample, mesh, (None, None, 0, 0), 0)
+
+    def refill(batch: Collected, fresh: Collected) -> Collected:
+        wanting, unusable = (zero_signal_groups(part.sampled.rewards, group_size) for part in (batch, fresh))
+        return refill_groups(batch, fresh, wanting, ~unusable)
+
+    mapped_refill = pmapped(refill, mesh, (0, 0), 0)
+
+    def reward_text(part: Rewarded) -> Rewarded:
+        if reward.on_text is None:
+            return part
+        texts = decode_completions(tokenizer, part.rollout.completions, part.rollout.completion_mask)
+        asked = decode_completions(tokenizer, part.rollout.prompts, part.rollout.prompt_mask)
+        return part._replace(rewards=np.asarray(part.rewards) + score_texts(reward.on_text, asked, texts))
+
+    def complete(params: PyTree, key: Array, stream: int, number: int) -> Collected:
+        collected = mapped_sample(params, key, *prompt_batch(*prompts, batch_size, stream, number))
+        return Collected(*(part if part is None else reward_text(part) for part in collected))
+
+    def collect(params: PyTree, number: int) -> tuple[Collected, int]:
+        batch = complete(params, step_key(seed, Purpose.SAMPLE, number), seed, number)
+        sampled = 1
+        while sampled < rounds and np.any(zero_signal_groups(jnp.asarray(batch.sampled.rewards), group_size)):
+            key = jax.random.fold_in(step_key(seed, Purpose.REFILL, number), sampled)
+            batch = mapped_refill(batch, complete(params, key, seed + REFILLS, number * rounds + sampled))
+            sampled += 1
+        return batch, sampled
+
+    return collect

@@ -1,0 +1,328 @@
+"""What each estimator's expected gradient is: every group summed, 131,072 batches sampled, beside the exact gradient.
+
+    python experiments/recipes/policy_gradient_theorem.py
+
+DOC
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.recipes.enumerable import (
+    EOS,
+    PROMPTS,
+    Problem,
+    completion_logprobs,
+    completions_of,
+    make_problem,
+    objective,
+    reward,
+    score_fn,
+)
+from experiments.recipes.policy_gradient_figures import draw_errors, draw_group_sizes
+from rl_jax.errors import InputError
+from rl_jax.evaluation import Estimate, mean_interval
+from rl_jax.keys import Purpose, check_seed, step_key
+from rl_jax.learner import init_state, policy_gradient_update
+from rl_jax.models.tabular import tabular_logits
+from rl_jax.reinforce import exact
+from rl_jax.reinforce.composition import Estimator
+from rl_jax.reinforce.distributions import token_logprobs
+from rl_jax.reinforce.estimators import ESTIMATORS, make_estimator
+from rl_jax.run.folder import write_json
+from rl_jax.run.loop import run_main
+from rl_jax.run.progress import show_progress
+from rl_jax.run.spmd import make_mesh, pmapped
+from rl_jax.run.tables import open_results, write_table
+from rl_jax.types import Array, Rollout
+
+CHUNKS = 64  # parts that sampled batches go through in
+CRITIC = "reinforce_value"
+SHOWN = ("grpo", "raft", "ppo", "reinforce", "rloo", CRITIC)  # in the figure of errors
+GROUP_SIZE_SHARE = 8  # the group sizes get one in so many samples
+ADVANTAGES = {"no baseline": "reinforce", "leave one out": "rloo", "group mean": "dr_grpo", "standardised": "grpo"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Bias, variance and cost of every estimator, on a problem in which everything can be counted."""
+
+    estimators: tuple[str, ...] = tuple(ESTIMATORS)
+    """Rows of the table."""
+    vocab_size: int = 3
+    """Tokens, one of them the end of the sequence."""
+    length: int = 3
+    """Most tokens of a completion."""
+    group_size: int = 4
+    """Completions of each prompt."""
+    group_sizes: tuple[int, ...] = (2, 4, 8, 16, 32)
+    """Group sizes that the variance of four advantages is measured for."""
+    samples: int = 131_072
+    """Batches sampled for each estimator."""
+    kl_coefficient: float = 0.1
+    """Reward that a nat of divergence from the reference policy costs."""
+    baseline: float = 0.8
+    """Where the moving average of the rewards stands."""
+    critic_error: float = 0.3
+    """Standard deviation of what the critic is wrong by, reward units."""
+    off_policy: float = 0.5
+    """Standard deviation of what the logits of the sampling policy differ by, off policy."""
+    seed: int = 0
+    """Seed of the problem and of the samples."""
+    results: Path = Path("results/policy_gradient_theorem")
+    """Folder that the table and the figures are written to."""
+
+
+class Measured(NamedTuple):
+    """What was found out about an estimator; P parameters.
+
+    Attributes:
+        mean: exact expected gradient of one prompt's group. [P].
+        variance: trace of the covariance of that gradient.
+        off_policy: exact expected gradient where another policy sampled the group. [P].
+        samples: gradients of batches sampled for both prompts. [M, P].
+        seconds: of sampling a batch and updating from it, at best.
+    """
+
+    mean: np.ndarray
+    variance: float
+    off_policy: np.ndarray
+    samples: np.ndarray
+    seconds: float
+
+
+def estimate(problem: Problem, rollout: Rollout, estimator: Estimator, config: Config) -> Array:
+    """What an update at a learning rate of 1 adds to the policy's logits: the estimate of the gradient. [P]."""
+    optimizer = optax.sgd(1.0)
+    state = init_state(problem.params, optimizer, config.kl_coefficient)
+    ref_logits = tabular_logits(problem.ref_table, rollout)
+    updated, _ = policy_gradient_update(
+        dataclasses.replace(state, baseline=jnp.float32(config.baseline)),
+        rollout,
+        reward(problem, rollout),
+        estimator=estimator,
+        score_fn=score_fn,
+        optimizer=optimizer,
+        group_size=config.group_size,
+        ref_logprobs=token_logprobs(ref_logits, rollout.completions),
+        context=ref_logits,
+        greedy_rewards=problem.greedy_rewards[rollout.prompts[:, -1]],
+    )
+    return (updated.params["policy"] - problem.params["policy"]).reshape(-1)
+
+
+def make_summation(estimator: Estimator, config: Config) -> Callable[[Problem, Array], tuple[Array, Array]]:
+    """Compiled: the expected gradient [P] and its squared norm, over every group that a table samples for a prompt."""
+
+    def expected(problem: Problem, table: Array) -> tuple[Array, Array]:
+        def moments(rollout: Rollout) -> tuple[Array, Array]:
+            gradient = estimate(problem, rollout, estimator, config)
+            return gradient, jnp.sum(jnp.square(gradient))
+
+        completions = completions_of(problem, 1)
+        return exact.expected_gradient(moments, completions, completion_logprobs(table, completions), config.group_size)
+
+    return pmapped(expected, make_mesh(), (None, None), None)
+
+
+def make_sampler(estimator: Estimator, config: Config) -> Callable[[Problem, Array], Array]:
+    """Compiled: the gradient of a batch for each key, sampled from the policy itself. [n] -> [n, P]."""
+
+    def sample(problem: Problem, keys: Array) -> Array:
+        tokens = completion_logprobs(problem.params["policy"], problem.completions)
+
+        def one(key: Array) -> Array:
+            rollout = exact.draw_groups(key, problem.completions, tokens, len(PROMPTS), config.group_size)
+            return estimate(problem, rollout, estimator, config)
+
+        return jax.vmap(one)(keys)
+
+    return pmapped(sample, make_mesh(), (None, 0), 0)
+
+
+def sample_gradients(
+    problem: Problem, estimator: Estimator, config: Config, number: int, samples: int
+) -> tuple[np.ndarray, float]:
+    """Gradients of batches sampled for both prompts, and the time of one.
+
+    Args:
+        problem: what is sampled.
+        estimator: what estimates.
+        config: of everything.
+        number: of the estimator, so that each has random numbers of its own.
+        samples: M, how many batches.
+
+    Returns:
+        Gradients [M, P], and seconds a batch, its sampling by look-up included, in the quickest of the parts.
+    """
+    sampler, parts, seconds = make_sampler(estimator, config), [], []
+    for keys in jax.random.split(step_key(config.seed, Purpose.SAMPLE, number), (CHUNKS, samples // CHUNKS)):
+        start = time.perf_counter()
+        parts.append(np.asarray(sampler(problem, keys)))
+        seconds.append(time.perf_counter() - start)
+    return np.concatenate(parts), min(seconds) / len(parts[0])
+
+
+def measure(problem: Problem, estimator: Estimator, number: int, config: Config) -> Measured:
+    """Everything about an estimator; its number says which random numbers it gets."""
+    expected = make_summation(estimator, config)
+    mean, square = (np.asarray(x, np.float64) for x in expected(problem, problem.params["policy"]))
+    off_policy = np.asarray(expected(problem, problem.sampler_table)[0], np.float64)
+    samples, seconds = sample_gradients(problem, estimator, config, number, config.samples)
+    return Measured(mean, float(square - mean @ mean), off_policy, samples, seconds)
+
+
+def bias(mean: np.ndarray, gradient: np.ndarray) -> tuple[float, float]:
+    """Of an expected gradient: along the exact one, signed, and across it, both as shares of its length. [P], [P]."""
+    along = mean @ gradient / (gradient @ gradient)
+    return float(along) - 1, float(np.linalg.norm(mean - along * gradient) / np.linalg.norm(gradient))
+
+
+def sampled_bias(samples: np.ndarray, gradient: np.ndarray) -> Estimate:
+    """The bias along the exact gradient, from samples of the estimate. [M, P], [P]."""
+    return mean_interval((samples @ (gradient / (gradient @ gradient)) - 1)[:, None])
+
+
+def errors(samples: np.ndarray, gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far the mean of m batches is from the exact gradient, as a share of its length.
+
+    Args:
+        samples: [M, P].
+        gradient: [P].
+
+    Returns:
+        m, the powers of two up to M / 8 [n], and the root mean square of the error over the M / m disjoint runs of m
+        batches [n].
+    """
+    counts, found, means = [], [], samples.astype(np.float64)
+    while len(means) >= 8:
+        counts.append(2 ** len(counts))
+        found.append(math.sqrt(np.mean(np.sum(np.square(means - gradient[None]), axis=1)) / (gradient @ gradient)))
+        pairs = means[: len(means) // 2 * 2]
+        means = (pairs[::2] + pairs[1::2]) / 2
+    return np.array(counts), np.array(found)
+
+
+def error_slope(counts: np.ndarray, found: np.ndarray) -> float:
+    """How steeply the error falls, both logarithmic, over the last hundredfold of batches. [n], [n]."""
+    late = counts >= counts[-1] / 100
+    return float(np.polyfit(np.log(counts[late]), np.log(found[late]), 1)[0])
+
+
+def exact_gradient(problem: Problem, prompts: int, kl_coefficient: float) -> np.ndarray:
+    """Of E[reward] - kl_coefficient * KL, the mean over the first prompts. [P]."""
+    return np.asarray(_gradient(problem.params["policy"], problem, prompts, kl_coefficient), np.float64).reshape(-1)
+
+
+_gradient = jax.jit(jax.grad(objective), static_argnums=2)
+
+
+def charge(estimator: Estimator, config: Config) -> float:
+    """The KL coefficient of the objective that an estimator is held against: none where it charges none."""
+    return 0.0 if estimator.kl == "none" else config.kl_coefficient
+
+
+def row(name: str, estimator: Estimator, measured: Measured, problem: Problem, config: Config) -> dict[str, Any]:
+    """A line of the table."""
+    coefficient = charge(estimator, config)
+    one, both = (exact_gradient(problem, prompts, coefficient) for prompts in (1, len(PROMPTS)))
+    penalised = exact_gradient(problem, 1, config.kl_coefficient)
+    along, across = bias(measured.mean, one)
+    off_along, off_across = bias(measured.off_policy, one)
+    length = np.linalg.norm(measured.mean)
+    return {
+        "estimator": name,
+        "held against": "E[r] - beta KL" if coefficient else "E[r]",
+        "bias along, %": percent(along),
+        "across, %": percent(across),
+        "sampled along, %": Estimate(*(100 * x for x in sampled_bias(measured.samples, both))),
+        "error slope": round(error_slope(*errors(measured.samples, both)), 2) + 0.0,
+        "cosine": round(float(measured.mean @ penalised / (length * np.linalg.norm(penalised))), 4),
+        "variance": measured.variance / length**2,
+        "off policy along, %": percent(off_along),
+        "off policy across, %": percent(off_across),
+        "completions": config.group_size + estimator.greedy,
+        "passes": (estimator.kl != "none") + estimator.critic + 2 * ESTIMATORS[name.split(",")[0]].updates,
+        "microseconds": 1e6 * measured.seconds,
+    }
+
+
+def percent(share: float) -> float:
+    """To a thousandth, and zero without a minus."""
+    return round(100 * share, 3) + 0.0
+
+
+def group_size_rows(problem: Problem, config: Config) -> list[dict[str, Any]]:
+    """Variance and bias of four advantages over the group size, all else equal."""
+    gradient = exact_gradient(problem, len(PROMPTS), config.kl_coefficient)
+    count = config.samples // GROUP_SIZE_SHARE
+    rows = []
+    for number, (label, name) in enumerate(ADVANTAGES.items()):
+        estimator = make_estimator(name, normalize="completion", kl="k1_reward")
+        for group_size in config.group_sizes:
+            sized = dataclasses.replace(config, group_size=group_size)
+            samples, _ = sample_gradients(problem, estimator, sized, len(chosen(config)) + number, count)
+            variance = float(np.sum(np.var(samples, axis=0, ddof=1, dtype=np.float64)) / (gradient @ gradient))
+            along = sampled_bias(samples, gradient)
+            rows.append({"advantage": label, "group size": group_size, "variance": variance, "bias along": along})
+    return rows
+
+
+def chosen(config: Config) -> dict[str, Estimator]:
+    """The rows of the table: as their papers have them, but with one update a batch and the same reward for all."""
+    plain: dict[str, Any] = {"epochs": 1, "minibatches": 1, "overlong_share": 0.0}
+    rows = {name: make_estimator(name, **plain) for name in config.estimators}
+    if "importance_sequence" in rows:
+        plain["ratio_cap"] = math.inf
+        rows["importance_sequence, no cap"] = make_estimator("importance_sequence", **plain)
+        rows["importance_sequence, no cap, no KL"] = make_estimator("importance_sequence", **plain, kl="none")
+    return rows
+
+
+def check(config: Config) -> None:
+    """Raise InputError for settings that cannot work, before anything is measured or written."""
+    check_seed(config.seed)
+    chosen(config)
+    if config.vocab_size < 2 or config.length < 1 or min(config.group_size, *config.group_sizes) < 2:
+        raise InputError("Two tokens, a length of 1 and a group of 2 completions are the least that can be measured.")
+    parts = CHUNKS * GROUP_SIZE_SHARE * jax.device_count()
+    if config.samples < parts or config.samples % parts:
+        raise InputError(f"samples is {config.samples}; it must be a multiple of {parts}.")
+    if min(config.kl_coefficient, config.critic_error, config.off_policy) < 0:
+        raise InputError("kl_coefficient, critic_error and off_policy must be at least 0.")
+    tokens, _ = exact.enumerate_completions(config.vocab_size, config.length, (EOS,))
+    exact.check_groups(len(tokens), config.group_size)
+
+
+def main(config: Config) -> None:
+    check(config)
+    start, folder = time.perf_counter(), open_results(config.results)
+    settings = (config.vocab_size, config.length, config.kl_coefficient, config.off_policy, config.critic_error)
+    problem = jax.jit(make_problem, static_argnums=(1, 2))(step_key(config.seed, Purpose.INIT), *settings)
+    rows, curves, estimators = [], {}, chosen(config)
+    with show_progress("estimators", 0, len(estimators)) as progress:
+        for number, (name, estimator) in enumerate(estimators.items()):
+            measured = measure(problem, estimator, number, config)
+            rows.append(row(name, estimator, measured, problem, config))
+            gradient = exact_gradient(problem, len(PROMPTS), charge(estimator, config))
+            curves[name] = errors(measured.samples, gradient)
+            rows[-1]["time"] = rows[-1]["microseconds"] / rows[0]["microseconds"]
+            progress.show(number + 1, {"bias": rows[-1]["bias along, %"]})
+    group_sizes = group_size_rows(problem, config)
+    write_json(folder / "group_sizes.json", group_sizes)
+    draw_errors(folder / "error.png", {name: curves[name] for name in SHOWN if name in curves} or curves)
+    draw_group_sizes(folder / "group_sizes.png", group_sizes)
+    write_table(folder, rows, dataclasses.asdict(config) | {"seconds": time.perf_counter() - start})
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

@@ -1,0 +1,266 @@
+"""The sections of a run's report: the headline is plain text, the others are HTML.
+
+Each is "" where the run has nothing for it, and every text that came from a file is escaped.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rl_jax.run.curves import TITLES
+from rl_jax.run.run_files import Rows, finite
+
+LEVELS = 6  # shades on either side of zero
+SHADES = [f"down{n}" for n in range(LEVELS, 0, -1)] + [""] + [f"up{n}" for n in range(1, LEVELS + 1)]  # in report.css
+OPEN_PAIRS = 8  # prompts shown before the fold
+MISSING = "–"
+COUNTS = ((1e9, " billion"), (1e6, " million"), (1e3, " thousand"), (1, ""))
+DURATIONS = ((3600, " h"), (60, " min"), (1, " s"))
+
+
+class Measure(NamedTuple):
+    """A row of the table: the names that hold it in `summary.json` before and after tuning."""
+
+    label: str
+    unit: str
+    before: str
+    after: str
+    percent: bool = False  # a share in the file, a percentage on the page
+
+
+class Cells(NamedTuple):
+    """A measure as text; a dash for an unknown value, "" for an unknown interval or change."""
+
+    before: str
+    before_interval: str
+    after: str
+    after_interval: str
+    change: str
+
+
+MEASURES = {
+    "reward": Measure("Reward", "mean a completion", "reward_before", "reward_after"),
+    "kl": Measure("Exact KL", "nats a completion, tuned from pretrained", "", "kl"),
+    "win_rate": Measure("Win rate", "of pairs, tuned over pretrained on one prompt", "", "win_rate", True),
+    "length": Measure("Completion length", "tokens", "length_before", "length_after"),
+    "truncated": Measure("Truncated", "of completions", "truncated_before", "truncated_after", True),
+    "perplexity": Measure(
+        "Reference perplexity", "a token", "reference_perplexity_before", "reference_perplexity_after"
+    ),
+    "distinct": Measure("Distinct-2", "share of bigrams", "distinct_2_before", "distinct_2_after"),
+    "held_out_loss": Measure("Held-out loss", "nats a token", "held_out_loss", ""),
+    "held_out_perplexity": Measure("Held-out perplexity", "a token", "held_out_perplexity", ""),
+    "bits": Measure("Held-out bits", "bits a byte", "held_out_bits_per_byte", ""),
+}
+
+HACKING = (
+    '<div class="aside"><h3>Is the reward hacked?</h3><p><strong>Reference perplexity</strong> is the pretrained '
+    "model’s perplexity on the completions. A steep rise says that the tuned policy has left the language it "
+    "learned; a steep fall, that it keeps to a few safe phrases.</p><p><strong>Distinct-2</strong> is the share of "
+    "bigrams that are distinct. It falls as completions repeat themselves and each other.</p><p>A higher reward is "
+    "worth most where neither has moved far; the completions below show what it was paid for.</p></div>"
+)
+LEGEND = (
+    '<p class="note">Each token is coloured by its log-ratio, log π<sub>tuned</sub> − log π<sub>pretrained</sub>: '
+    "tuning made it likelier (blue) or less likely (orange). Hold the pointer over a token for the number.</p>"
+    '<div class="legend"><span>−{limit:g} nats or less</span><span class="scale">'
+    + "".join(f'<span class="{name}"></span>' for name in SHADES)
+    + "</span><span>+{limit:g} nats or more</span></div>"
+)
+INTERVALS = '<p class="note">The range beneath a number is its 95% interval.</p>'
+
+
+# Numbers as text
+
+
+def _decimals(values: Iterable[float]) -> int:
+    """Decimals that give the largest of the values three significant digits."""
+    largest = max(map(abs, values), default=0.0)
+    return min(max(2 - math.floor(math.log10(largest)), 0), 6) if largest > 0 else 0
+
+
+def _show(value: float | None, decimals: int, sign: str = "") -> str:
+    if value is None:
+        return MISSING
+    form = f",.{decimals}f" if abs(value) < 1e7 else ".2e"
+    return format(value, f"{sign}z{form}").replace("-", "−")
+
+
+def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """The value in the largest of the units that is not above it."""
+    size, unit = next((row for row in units if value >= row[0]), units[-1])
+    return (_show(value / size, _decimals([value / size])) if unit else f"{value:.0f}") + unit
+
+
+def _interval(summary: dict[str, Any], name: str) -> list[float]:
+    """The two finite bounds of a measure's interval, [] where there are none."""
+    known = [bound for bound in map(finite, summary.get(f"{name}_interval") or ()) if bound is not None]
+    return known if len(known) == 2 else []
+
+
+def _cells(summary: dict[str, Any], measure: Measure) -> Cells:
+    scale, mark = (100, "%") if measure.percent else (1, "")
+    before, after = (finite(summary.get(name)) for name in (measure.before, measure.after))
+    bounds = [_interval(summary, name) for name in (measure.before, measure.after)]
+    known = [value for value in (before, after, *bounds[0], *bounds[1]) if value is not None]
+    decimals = _decimals(scale * value for value in known)
+
+    def number(value: float | None) -> str:
+        return MISSING if value is None else _show(scale * value, decimals) + mark
+
+    ranges = [" to ".join(map(number, pair)) for pair in bounds]
+    change = "" if before is None or after is None else _show(scale * (after - before), decimals, "+")
+    return Cells(number(before), ranges[0], number(after), ranges[1], change)
+
+
+# Sections
+
+
+def headline(summary: dict[str, Any], metrics: dict[str, Rows]) -> str:
+    """The result of the run as a sentence or two of plain text."""
+    cells = {name: _cells(summary, measure) for name, measure in MEASURES.items()}
+    if cells["reward"].change:
+        return _reward_sentence(summary, cells["reward"], cells["kl"], cells["win_rate"])
+    sentences = []
+    if cells["held_out_loss"].before != MISSING:
+        loss, perplexity, bits = (cells[name].before for name in ("held_out_loss", "held_out_perplexity", "bits"))
+        also = f"perplexity {perplexity}, {bits} bits a byte"
+        sentences.append(f"The pretrained model has a held-out loss of {loss} nats a token ({also}).")
+    if not sentences or "rl" in metrics:
+        reached = [f"step {rows[-1]['step']:,} of {TITLES.get(name, name).lower()}" for name, rows in metrics.items()]
+        sentences.append(f"Unfinished: the metrics reach {(reached or ['no step'])[-1]}.")
+    return " ".join(sentences)
+
+
+def _reward_sentence(summary: dict[str, Any], reward: Cells, kl: Cells, win: Cells) -> str:
+    before, after = (_interval(summary, name) for name in ("reward_before", "reward_after"))
+    apart = before and after and (before[1] < after[0] or after[1] < before[0])
+    verb = ("lowered" if reward.change.startswith("−") else "raised") if apart else "moved"
+    name = f" ({summary['reward']})" if "reward" in summary else ""
+    sentence = f"Tuning {verb} the mean reward{name} from {reward.before} to {reward.after}"
+    sentence += ", with 95% intervals that overlap," if before and after and not apart else ""
+    if kl.after != MISSING:
+        sentence += f" at an exact KL of {kl.after} nats a completion"
+    if win.after != MISSING:
+        sentence += f"; its completions win {win.after} of pairs with the pretrained"
+    return sentence.rstrip(",") + "."
+
+
+def figures(summary: dict[str, Any]) -> str:
+    """The row of headline figures, those that the summary has."""
+    tuned = finite(summary.get("reward_after")) is not None
+    names = ("reward", "kl", "win_rate", "perplexity") if tuned else ("held_out_loss", "held_out_perplexity", "bits")
+    tiles = []
+    for measure in (MEASURES[name] for name in names):
+        cells = _cells(summary, measure)
+        note = f"from {cells.before}" if cells.change else measure.unit.split(",")[0]
+        tiles.append((measure.label, cells.after if tuned else cells.before, note))
+    for label, name, units in (("Parameters", "parameters", COUNTS), ("Time", "seconds", DURATIONS)):
+        if (value := finite(summary.get(name))) is not None:
+            number, _, unit = _scaled(value, units).partition(" ")
+            tiles.append((label, number, unit))
+    shown = "".join(
+        f"<div><dt>{label}</dt><dd>{value}<small>{note}</small></dd></div>"
+        for label, value, note in tiles
+        if value != MISSING
+    )
+    return shown and f'<dl class="tiles">{shown}</dl>'
+
+
+def before_after(summary: dict[str, Any]) -> str:
+    """The table of every measure before and after, and how to read it; "" for a run without tuning."""
+    if finite(summary.get("reward_after")) is None:
+        return ""
+    rows = ""
+    for measure in MEASURES.values():
+        cells = _cells(summary, measure)
+        if cells.before == cells.after == MISSING:
+            continue
+        rows += (
+            f'<tr><th scope="row">{measure.label} <small>{measure.unit}</small></th>'
+            f"<td>{cells.before}<small>{cells.before_interval}</small></td>"
+            f"<td>{cells.after}<small>{cells.after_interval}</small></td><td>{cells.change}</td></tr>"
+        )
+    columns = "".join(f'<th scope="col">{name}</th>' for name in ("Measure", "Pretrained", "Tuned", "Change"))
+    table = f'<table class="measures"><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<div class="results"><div class="scroll">{table}{INTERVALS}</div>{HACKING}</div>'
+
+
+def shade(log_ratio: float | None, limit: float) -> str:
+    """The class of a token: up1 to up6 where tuning made it likelier, down1 to down6 where less, "" near zero."""
+    level = round((finite(log_ratio) or 0.0) / limit * LEVELS)
+    return SHADES[LEVELS + min(max(level, -LEVELS), LEVELS)]
+
+
+def _completion(title: str, completion: dict[str, Any], limit: float) -> str:
+    chips = f'<span class="chip strong">reward {_show(finite(completion.get("reward")), 3)}</span>'
+    if (advantage := finite(completion.get("advantage"))) is not None:
+        chips += f'<span class="chip">advantage {_show(advantage, 3, "+")}</span>'
+    body = "".join(
+        f'<span class="{shade(ratio, limit)}" title="{_show(finite(ratio), 3, "+")} nats">'
+        f"{escape(str(piece)).replace(chr(10), '↵' + chr(10)) or '·'}</span>"
+        for piece, ratio in zip(completion["tokens"], completion["log_ratio"], strict=True)
+    )
+    return f'<div class="completion"><h4>{title}{chips}</h4><p class="tokens">{body}</p></div>'
+
+
+def completions(pairs: list[dict[str, Any]]) -> str:
+    """Completions of the same prompts, pretrained beside tuned, with tokens coloured by log-ratio."""
+    ratios = [ratio for pair in pairs for side in ("before", "after") for ratio in pair[side]["log_ratio"]]
+    sizes = [abs(finite(ratio) or 0.0) for ratio in ratios] or [0.0]
+    limit = max(math.ceil(2 * float(np.quantile(sizes, 0.95))) / 2, 0.5)  # the outliers saturate
+    shown = [
+        f'<article><p class="prompt"><small>Prompt</small>{escape(pair["prompt"])}</p><div class="pair">'
+        + _completion("Pretrained", pair["before"], limit)
+        + _completion("Tuned", pair["after"], limit)
+        + "</div></article>"
+        for pair in pairs
+    ]
+    rest = shown[OPEN_PAIRS:]
+    fold = f"<details><summary>{len(rest)} more</summary>{''.join(rest)}</details>" if rest else ""
+    return LEGEND.format(limit=limit) + "".join(shown[:OPEN_PAIRS]) + fold if pairs else ""
+
+
+def times(summary: dict[str, Any], metrics: dict[str, Rows]) -> str:
+    """Time and median tokens per second of each stage."""
+    spent = {stage: finite(value) or 0.0 for stage, value in summary.get("seconds_by_stage", {}).items()}
+    longest = max(spent.values(), default=0.0) or 1.0
+    rows = ""
+    for stage, seconds in spent.items():
+        speeds = [speed for row in metrics.get(stage, ()) if (speed := finite(row.get("tokens_per_second")))]
+        speed = f"{statistics.median(speeds):,.0f} tokens/s" if speeds else ""
+        rows += (
+            f'<tr><th scope="row">{escape(TITLES.get(stage, stage.capitalize()))}</th>'
+            f"<td>{_scaled(seconds, DURATIONS)}</td>"
+            f'<td><span class="bar" style="--share:{seconds / longest:.4f}"></span></td><td>{speed}</td></tr>'
+        )
+    return rows and f'<table class="times"><tbody>{rows}</tbody></table>'
+
+
+def _flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Dotted names and texts of nested settings, in the order of the file."""
+    if isinstance(value, dict) and value:
+        return [row for key, inner in value.items() for row in _flatten(inner, f"{name}.{key}" if name else key)]
+    return [(name, value if isinstance(value, str) and value else json.dumps(value))]
+
+
+def _rows(title: str, values: dict[str, Any]) -> str:
+    """A titled table of names and values, "" where there are none."""
+    rows = _flatten(values) if values else []
+    body = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(text)}</td></tr>' for name, text in rows)
+    return body and f'<div class="group"><h3>{escape(title)}</h3><table><tbody>{body}</tbody></table></div>'
+
+
+def settings(config: dict[str, Any]) -> str:
+    """The settings, one table for each nested group, and the versions of what ran."""
+    values = config.get("config") or {}
+    groups = {"general": {name: value for name, value in values.items() if not isinstance(value, dict)}}
+    groups |= {name: value for name, value in values.items() if isinstance(value, dict)}
+    groups["versions"] = config.get("versions") or {}
+    tables = "".join(_rows(name, group) for name, group in groups.items())
+    return tables and f'<div class="groups">{tables}</div>'

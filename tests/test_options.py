@@ -1,0 +1,40 @@
+import dataclasses
+
+import pytest
+import tyro
+
+from experiments.options import EstimatorOptions, chosen_estimator
+from experiments.pipeline import Config
+from rl_jax.errors import InputError
+from rl_jax.reinforce.estimators import ESTIMATORS, make_estimator
+
+
+def test_every_option_of_every_estimator_can_be_given():
+    rows = [*ESTIMATORS.values(), make_estimator("rloo", kl_target=6.0)]
+    assert {field.name for field in dataclasses.fields(EstimatorOptions)} == set().union(*(row.options for row in rows))
+
+
+def test_options_that_are_not_given_are_the_estimators_own():
+    chosen = chosen_estimator("ppo", EstimatorOptions(epochs=2, clip_low=0.1), group_size=1)
+    assert chosen.options == ESTIMATORS["ppo"].options | {"epochs": 2, "clip_low": 0.1}
+    assert chosen_estimator("grpo", EstimatorOptions(), group_size=2) == ESTIMATORS["grpo"]
+
+
+def test_values_that_are_false_are_given():
+    chosen = chosen_estimator("ppo", EstimatorOptions(whiten_advantages=False, kl_coefficient=0.0), group_size=1)
+    assert (chosen.whiten_advantages, chosen.kl_coefficient) == (False, 0.0)
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo", "raft"])
+def test_groups_of_one_are_refused_where_they_are_compared(name):
+    with pytest.raises(
+        InputError, match=f"{name} compares the completions of a prompt: give a group_size of at least 2"
+    ):
+        chosen_estimator(name, EstimatorOptions(), group_size=1)
+
+
+def test_command_line():
+    words = "--reinforce.estimator ppo --reinforce.kl-coefficient 0.2 --reinforce.whiten-advantages False"
+    settings = tyro.cli(Config, args=words.split()).reinforce
+    assert settings.estimator == "ppo"
+    assert settings.options == EstimatorOptions(kl_coefficient=0.2, whiten_advantages=False)
