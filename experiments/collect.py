@@ -14,8 +14,8 @@ from rl_jax.reinforce.advantages import zero_signal_groups
 from rl_jax.rewards.compose import Reward
 from rl_jax.rewards.text import score_texts
 from rl_jax.rollout import generate, refill_groups
-from rl_jax.run.spmd import make_mesh, pmapped
-from rl_jax.sampling import Sampling, greedy
+from rl_jax.run.spmd import make_mesh, pmapped, put
+from rl_jax.sampling import Sampling, most_likely
 from rl_jax.types import Array, PyTree, Rollout
 
 REFILLS = 1 << 32  # added to the seed: the stream of prompts that replace others; no seed is as large
@@ -54,7 +54,7 @@ def make_sample(config: TransformerConfig, sampling: Sampling, reward: Reward, n
         sampled = rewarded(generate(params, key, prompts, mask, config, sampling))
         if not needs_greedy:
             return Collected(sampled, None)
-        return Collected(sampled, rewarded(generate(params, key, prompts, mask, config, greedy(sampling))))
+        return Collected(sampled, rewarded(generate(params, key, prompts, mask, config, most_likely(sampling))))
 
     return sample
 
@@ -96,11 +96,12 @@ def make_collect(
             return part
         texts = decode_completions(tokenizer, part.rollout.completions, part.rollout.completion_mask)
         asked = decode_completions(tokenizer, part.rollout.prompts, part.rollout.prompt_mask)
-        return part._replace(rewards=np.asarray(part.rewards) + score_texts(reward.on_text, asked, texts))
+        rewards = np.asarray(part.rewards) + score_texts(reward.on_text, asked, texts)
+        return part._replace(rewards=put(rewards, mesh, 0))  # as if the device had computed them: one program for both
 
     def complete(params: PyTree, key: Array, stream: int, number: int) -> Collected:
-        collected = mapped_sample(params, key, *prompt_batch(*prompts, batch_size, stream, number))
-        return Collected(*(part if part is None else reward_text(part) for part in collected))
+        sampled, greedy = mapped_sample(params, key, *prompt_batch(*prompts, batch_size, stream, number))
+        return Collected(reward_text(sampled), None if greedy is None else reward_text(greedy))
 
     def collect(params: PyTree, number: int) -> tuple[Collected, int]:
         batch = complete(params, step_key(seed, Purpose.SAMPLE, number), seed, number)

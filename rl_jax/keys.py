@@ -24,6 +24,6 @@ def check_seed(seed: int) -> None:
         raise InputError(f"The seed is {seed}; it must be at least 0 and below 2^32.")
 
 
-def step_key(seed: int, purpose: Purpose, step: int = 0) -> Array:
+def step_key(seed: int | Array, purpose: Purpose, step: int | Array = 0) -> Array:
     """The key of one step, a function of its arguments alone: a resumed run repeats nothing and skips nothing."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)

@@ -48,7 +48,7 @@ def is_greedy(sampling: Sampling) -> bool:
     return not isinstance(sampling.temperature, jax.Array) and sampling.temperature == 0
 
 
-def greedy(sampling: Sampling) -> Sampling:
+def most_likely(sampling: Sampling) -> Sampling:
     """One completion of each prompt, by the most likely tokens."""
     return dataclasses.replace(sampling, group_size=1, temperature=0.0)
 

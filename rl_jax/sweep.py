@@ -25,10 +25,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from rl_jax.errors import InputError
-from rl_jax.run.spmd import pmapped
+from rl_jax.run.spmd import Mesh, pmapped
 from rl_jax.types import Array, PyTree
 
 

@@ -52,6 +52,10 @@ GROUP_SIZE_SHARE = 8  # the group sizes get one in so many samples
 ADVANTAGES = {"no baseline": "reinforce", "leave one out": "rloo", "group mean": "dr_grpo", "standardised": "grpo"}
 
 
+Sampler = Callable[[Problem, Array], Array]
+"""Problem and a key for each batch [n] -> gradients [n, P]."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Bias, variance and cost of every estimator, on a problem in which everything can be counted."""
@@ -90,14 +94,12 @@ class Measured(NamedTuple):
         variance: trace of the covariance of that gradient.
         off_policy: exact expected gradient where another policy sampled the group. [P].
         samples: gradients of batches sampled for both prompts. [M, P].
-        seconds: of sampling a batch and updating from it, at best.
     """
 
     mean: np.ndarray
     variance: float
     off_policy: np.ndarray
     samples: np.ndarray
-    seconds: float
 
 
 def estimate(problem: Problem, rollout: Rollout, estimator: Estimator, config: Config) -> Array:
@@ -134,7 +136,7 @@ def make_summation(estimator: Estimator, config: Config) -> Callable[[Problem, A
     return pmapped(expected, make_mesh(), (None, None), None)
 
 
-def make_sampler(estimator: Estimator, config: Config) -> Callable[[Problem, Array], Array]:
+def make_sampler(estimator: Estimator, config: Config) -> Sampler:
     """Compiled: the gradient of a batch for each key, sampled from the policy itself. [n] -> [n, P]."""
 
     def sample(problem: Problem, keys: Array) -> Array:
@@ -149,36 +151,35 @@ def make_sampler(estimator: Estimator, config: Config) -> Callable[[Problem, Arr
     return pmapped(sample, make_mesh(), (None, 0), 0)
 
 
-def sample_gradients(
-    problem: Problem, estimator: Estimator, config: Config, number: int, samples: int
-) -> tuple[np.ndarray, float]:
-    """Gradients of batches sampled for both prompts, and the time of one.
-
-    Args:
-        problem: what is sampled.
-        estimator: what estimates.
-        config: of everything.
-        number: of the estimator, so that each has random numbers of its own.
-        samples: M, how many batches.
-
-    Returns:
-        Gradients [M, P], and seconds a batch, its sampling by look-up included, in the quickest of the parts.
-    """
-    sampler, parts, seconds = make_sampler(estimator, config), [], []
-    for keys in jax.random.split(step_key(config.seed, Purpose.SAMPLE, number), (CHUNKS, samples // CHUNKS)):
-        start = time.perf_counter()
-        parts.append(np.asarray(sampler(problem, keys)))
-        seconds.append(time.perf_counter() - start)
-    return np.concatenate(parts), min(seconds) / len(parts[0])
+def batch_keys(config: Config, number: int, samples: int) -> Array:
+    """A key for each batch, in parts; each number has keys of its own. [CHUNKS, samples / CHUNKS]."""
+    return jax.random.split(step_key(config.seed, Purpose.SAMPLE, number), (CHUNKS, samples // CHUNKS))
 
 
-def measure(problem: Problem, estimator: Estimator, number: int, config: Config) -> Measured:
-    """Everything about an estimator; its number says which random numbers it gets."""
+def sample_gradients(sampler: Sampler, problem: Problem, keys: Array) -> np.ndarray:
+    """Gradients of sampled batches, part by part. [CHUNKS, n] -> [CHUNKS * n, P]."""
+    return np.concatenate([np.asarray(sampler(problem, part)) for part in keys])
+
+
+def measure(problem: Problem, estimator: Estimator, sampler: Sampler, number: int, config: Config) -> Measured:
+    """Everything about an estimator but its time; its number says which random numbers it gets."""
     expected = make_summation(estimator, config)
     mean, square = (np.asarray(x, np.float64) for x in expected(problem, problem.params["policy"]))
     off_policy = np.asarray(expected(problem, problem.sampler_table)[0], np.float64)
-    samples, seconds = sample_gradients(problem, estimator, config, number, config.samples)
-    return Measured(mean, float(square - mean @ mean), off_policy, samples, seconds)
+    samples = sample_gradients(sampler, problem, batch_keys(config, number, config.samples))
+    return Measured(mean, float(square - mean @ mean), off_policy, samples)
+
+
+def update_times(samplers: dict[str, Sampler], problem: Problem, config: Config) -> dict[str, float]:
+    """Seconds that sampling a batch, by look-up, and updating from it take: the least of rounds that take turns."""
+    keys = batch_keys(config, 0, config.samples)
+    least = dict.fromkeys(samplers, math.inf)
+    for part in keys:
+        for name, sampler in samplers.items():
+            start = time.perf_counter()
+            jax.block_until_ready(sampler(problem, part))
+            least[name] = min(least[name], (time.perf_counter() - start) / len(part))
+    return least
 
 
 def bias(mean: np.ndarray, gradient: np.ndarray) -> tuple[float, float]:
@@ -252,7 +253,6 @@ def row(name: str, estimator: Estimator, measured: Measured, problem: Problem, c
         "off policy across, %": percent(off_across),
         "completions": config.group_size + estimator.greedy,
         "passes": (estimator.kl != "none") + estimator.critic + 2 * ESTIMATORS[name.split(",")[0]].updates,
-        "microseconds": 1e6 * measured.seconds,
     }
 
 
@@ -268,9 +268,10 @@ def group_size_rows(problem: Problem, config: Config) -> list[dict[str, Any]]:
     rows = []
     for number, (label, name) in enumerate(ADVANTAGES.items()):
         estimator = make_estimator(name, normalize="completion", kl="k1_reward")
+        keys = batch_keys(config, len(chosen(config)) + number, count)
         for group_size in config.group_sizes:
-            sized = dataclasses.replace(config, group_size=group_size)
-            samples, _ = sample_gradients(problem, estimator, sized, len(chosen(config)) + number, count)
+            sampler = make_sampler(estimator, dataclasses.replace(config, group_size=group_size))
+            samples = sample_gradients(sampler, problem, keys)
             variance = float(np.sum(np.var(samples, axis=0, ddof=1, dtype=np.float64)) / (gradient @ gradient))
             along = sampled_bias(samples, gradient)
             rows.append({"advantage": label, "group size": group_size, "variance": variance, "bias along": along})
@@ -309,14 +310,18 @@ def main(config: Config) -> None:
     settings = (config.vocab_size, config.length, config.kl_coefficient, config.off_policy, config.critic_error)
     problem = jax.jit(make_problem, static_argnums=(1, 2))(step_key(config.seed, Purpose.INIT), *settings)
     rows, curves, estimators = [], {}, chosen(config)
+    samplers = {name: make_sampler(estimator, config) for name, estimator in estimators.items()}
     with show_progress("estimators", 0, len(estimators)) as progress:
         for number, (name, estimator) in enumerate(estimators.items()):
-            measured = measure(problem, estimator, number, config)
+            measured = measure(problem, estimator, samplers[name], number, config)
             rows.append(row(name, estimator, measured, problem, config))
             gradient = exact_gradient(problem, len(PROMPTS), charge(estimator, config))
             curves[name] = errors(measured.samples, gradient)
-            rows[-1]["time"] = rows[-1]["microseconds"] / rows[0]["microseconds"]
             progress.show(number + 1, {"bias": rows[-1]["bias along, %"]})
+    seconds = update_times(samplers, problem, config)
+    for name, line in zip(seconds, rows, strict=True):
+        line["microseconds"] = round(1e6 * seconds[name], 2)
+        line["time"] = round(seconds[name] / next(iter(seconds.values())), 2)
     group_sizes = group_size_rows(problem, config)
     write_json(folder / "group_sizes.json", group_sizes)
     draw_errors(folder / "error.png", {name: curves[name] for name in SHOWN if name in curves} or curves)

@@ -66,7 +66,7 @@ ESTIMATORS = {
         paper="Kool 2019; Ahmadian 2024, section 2.3",
         equation="A = r - mean of the others in the group",
         target=_EXACT,
-        differs="No ratio and no clip. TRL clips the ratio of the sequence, Tunix and verl those of tokens.",
+        differs="No ratio and no clip. TRL clips the completion's ratio, Tunix and verl those of tokens.",
         advantages=leave_one_out_advantages,
     ),
     "remax": Estimator(

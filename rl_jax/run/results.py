@@ -8,7 +8,8 @@ from typing import Any
 
 from rl_jax.run.folder import write_json
 from rl_jax.run.loop import Interrupted, RunFailed
-from rl_jax.run.report import headline, read_run, write_report
+from rl_jax.run.report import headline, write_report
+from rl_jax.run.run_files import read_run
 
 
 @contextlib.contextmanager
