@@ -73,3 +73,10 @@ def chosen_estimator(name: str, options: EstimatorOptions, group_size: int) -> E
     if estimator.grouped and group_size < 2:
         raise InputError(f"{name} compares the completions of a prompt: give a group_size of at least 2.")
     return estimator
+
+
+def describe_estimator(name: str, options: EstimatorOptions, group_size: int) -> dict[str, str]:
+    """What the chosen estimator is, and the value of each of its options, given or its own."""
+    estimator = chosen_estimator(name, options, group_size)
+    about = {"name": name, "paper": estimator.paper, "gradient of": estimator.target}
+    return about | {option: str(value) for option, value in estimator.options.items()}

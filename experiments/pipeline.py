@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from experiments.compare import compare
+from experiments.options import describe_estimator
 from experiments.pretrain import Pretraining, load_text, model_config, pretrain
 from experiments.pretrain import check as check_pretraining
 from experiments.reinforce import Reinforcing, make_sampling, reinforce, split_prompts
@@ -51,7 +52,9 @@ def main(config: Config) -> None:
     check_pretraining(config.pretrain, text, config.seed)
     check_reinforcing(config.reinforce, model, reward, prompts, text.tokenizer, config.seed)
 
-    run = open_run(config.run, "experiments/pipeline.py", config)
+    rl = config.reinforce
+    estimator = describe_estimator(rl.estimator, rl.options, rl.group_size)
+    run = open_run(config.run, "experiments/pipeline.py", config, estimator=estimator)
     text.tokenizer.save_pretrained(run / "policy")
     writer = open_metrics(run)
     with timed(seconds, "pretrain"), report_if_stopped(run):

@@ -20,7 +20,7 @@ import tyro
 
 from experiments.collect import Collected, make_collect, make_sample
 from experiments.compare import Comparing, compare
-from experiments.options import EstimatorOptions, chosen_estimator
+from experiments.options import EstimatorOptions, chosen_estimator, describe_estimator
 from experiments.pretrain import HELD_OUT, check_optimizer
 from rl_jax.data.corpus import read_passages, split_held_out
 from rl_jax.data.prompts import decode_completions, passage_openings, prompt_batch
@@ -279,7 +279,9 @@ def main(config: Config) -> None:
     _, passages = split_held_out(read_passages(config.corpus), HELD_OUT)
     prompts = split_prompts(config.reinforce, policy.tokenizer, passages)
     check(config.reinforce, policy.config, reward, prompts, policy.tokenizer, config.seed)
-    run = open_run(config.run, "experiments/reinforce.py", config)
+    rl = config.reinforce
+    estimator = describe_estimator(rl.estimator, rl.options, rl.group_size)
+    run = open_run(config.run, "experiments/reinforce.py", config, estimator=estimator)
     writer = open_metrics(run)
     with report_if_stopped(run):
         tuned = reinforce(config.reinforce, policy, reward, prompts, config.seed, run, writer)

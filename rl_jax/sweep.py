@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl_jax.errors import InputError
-from rl_jax.run.spmd import Mesh, pmapped
+from rl_jax.run.spmd import Mesh, pmapped, put
 from rl_jax.types import Array, PyTree
 
 
@@ -88,7 +88,7 @@ def make_sweep(run_fn: Callable[..., PyTree], mesh: Mesh) -> Callable[..., PyTre
         ((runs,),) = sizes
         rows = np.minimum(np.arange(-(-runs // mesh.size) * mesh.size), runs - 1)
         padded = settings if len(rows) == runs else jax.tree.map(lambda x: x[rows], settings)
-        return jax.tree.map(lambda x: x[:runs], compiled(padded, shared))
+        return jax.tree.map(lambda x: x[:runs], compiled(put(padded, mesh, 0), put(shared, mesh)))
 
     vars(sweep).update(_cache_size=vars(compiled)["_cache_size"])
     return sweep

@@ -30,9 +30,10 @@ def check_and_open(folder, config, **more):
 
 
 def test_a_new_run_says_what_it_is(tmp_path):
-    folder = open_run(tmp_path / "runs" / "one", "experiments/some.py", Config())
+    folder = open_run(tmp_path / "runs" / "one", "experiments/some.py", Config(), estimator={"name": "ppo"})
     written = json.loads((folder / "config.json").read_text())
     assert written["script"] == "experiments/some.py"
+    assert written["estimator"] == {"name": "ppo"}
     assert written["config"] == {
         "model": {"width": 64, "names": ["a", "b"]}, "corpus": "text.txt", "steps": 10, "resume": False,
     }  # fmt: skip

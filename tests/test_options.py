@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import tyro
 
-from experiments.options import EstimatorOptions, chosen_estimator
+from experiments.options import EstimatorOptions, chosen_estimator, describe_estimator
 from experiments.pipeline import Config
 from rl_jax.errors import InputError
 from rl_jax.reinforce.estimators import ESTIMATORS, make_estimator
@@ -18,6 +18,12 @@ def test_options_that_are_not_given_are_the_estimators_own():
     chosen = chosen_estimator("ppo", EstimatorOptions(epochs=2, clip_low=0.1), group_size=1)
     assert chosen.options == ESTIMATORS["ppo"].options | {"epochs": 2, "clip_low": 0.1}
     assert chosen_estimator("grpo", EstimatorOptions(), group_size=2) == ESTIMATORS["grpo"]
+
+
+def test_description_says_the_values_that_hold():
+    about = describe_estimator("ppo", EstimatorOptions(clip_low=0.1), group_size=1)
+    assert {"name": "ppo", "clip_low": "0.1", "clip_high": "0.2", "value_clip": "0.2"}.items() <= about.items()
+    assert "ratio_cap" not in about
 
 
 def test_values_that_are_false_are_given():

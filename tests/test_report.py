@@ -42,6 +42,7 @@ CONFIG = {
     "script": "experiments/pipeline.py",
     "config": {"seed": 7, "model": {"width": 256, "rope": {"base": 10000}}, "names": ["sentiment"], "pattern": ""},
     "device": "cpu x 1",
+    "estimator": {"name": "ppo", "clip_low": "0.17"},
     "versions": {"jax": "0.10.2"},
 }
 PAIR = {
@@ -159,6 +160,7 @@ def test_writes_one_file_and_says_where(folder):
         ("rope.base", [["10000"]]),
         ("names", [['["sentiment"]']]),
         ("pattern", [['""']]),
+        ("clip_low", [["0.17"]]),
         ("jax", [["0.10.2"]]),
     ],
 )

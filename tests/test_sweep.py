@@ -106,6 +106,18 @@ def test_runs_are_not_compiled_twice():
     assert sweep._cache_size() == 1
 
 
+def test_what_one_sweep_returns_another_takes():
+    """Whatever devices it lies on: 5 runs and their keys, from 8 devices to 3 and to 8."""
+    first = make_sweep(lambda setting: (setting["a"] * jnp.ones(2), jax.random.key(setting["a"])), make_mesh())
+    ends = first({"a": np.arange(5)})
+    for devices in (3, 8):
+        mesh = make_mesh(jax.devices()[:devices])
+        second = make_sweep(lambda end, shared: end[0] + shared[0][1] + jax.random.uniform(end[1]), mesh)
+        uniforms = [jax.random.uniform(jax.random.key(i)) for i in range(5)]
+        expected = np.arange(5) + 1 + np.array(uniforms)
+        np.testing.assert_allclose(second(ends, ends), np.tile(expected[:, None], (1, 2)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("settings", [{"a": np.zeros(3), "b": np.zeros(2)}, {"a": 1.0}, {}])
 def test_settings_that_do_not_agree_are_refused(settings):
     with pytest.raises(InputError, match="need a value for each run"):

@@ -95,18 +95,24 @@ class Config:
     """Arms of the bandit."""
     seed: int = 1
     """Seed of the tasks; runs have seeds of their own, from 0."""
+    only: tuple[str, ...] = ()
+    """Names of those to compare, such as "RLOO k=4"; without any, all."""
     results: Path = Path("results/compare_estimators")
     """Folder that the table and the figures are written to."""
 
 
-def contenders(kl_coefficient: float) -> list[Contender]:
-    """Everything that is compared. Dr. GRPO, which has no KL of its own, is given GRPO's."""
+def contenders(config: Config) -> list[Contender]:
+    """Everything that is compared. Dr. GRPO, which has no KL of its own, is given GRPO's.
+
+    Raises:
+        InputError: a name in `config.only` is not among them.
+    """
 
     def make(name: str, **options: Any) -> Estimator:
-        return make_estimator(name, kl_coefficient=kl_coefficient, **options)
+        return make_estimator(name, kl_coefficient=config.kl_coefficient, **options)
 
     blue, orange, black, green, purple, brown, *_ = PALETTE
-    return [
+    every = [
         Contender("REINFORCE", make("reinforce"), 1, black),
         Contender("REINFORCE, moving average", make("reinforce_moving_average"), 1, brown),
         Contender("RLOO k=2", make("rloo"), 2, blue, dashed=True),
@@ -117,6 +123,10 @@ def contenders(kl_coefficient: float) -> list[Contender]:
         Contender("Dr. GRPO k=4", make("dr_grpo", kl="k3_loss"), 4, green, dashed=True),
         Contender("PPO", make("ppo"), 1, purple),
     ]
+    if unknown := set(config.only) - {contender.label for contender in every}:
+        labels = ", ".join(contender.label for contender in every)
+        raise InputError(f"only names {', '.join(sorted(unknown))}; there are {labels}.")
+    return [contender for contender in every if not config.only or contender.label in config.only]
 
 
 def make_tasks(config: Config) -> Iterator[tuple[str, Task, tuple[float, ...]]]:
@@ -152,7 +162,7 @@ def make_run(config: Config, task: Task, contender: Contender) -> Callable[..., 
                 ref_logprobs=ref_logprobs,
                 context=context,
             )
-            return state, {name: metrics[name] for name in ("reward", "kl_k1", "nonfinite")}
+            return state, {name: metrics[name] for name in ("reward", "kl_k1")}
 
         state = init_state(ref_params, optimizer, config.kl_coefficient)
         state, metrics = scan_updates(update, state, config.completions // config.batch)
@@ -186,29 +196,48 @@ class Result(NamedTuple):
 def run_contender(
     config: Config, task: Task, contender: Contender, rates: tuple[float, ...], evaluate: Callable[..., Metrics]
 ) -> Result:
-    """Every run of an estimator, at every rate and seed, in one program, and what came out at its best rate.
-
-    The best has the highest mean objective at the end over the selection seeds; the result is of the other seeds.
-    """
-    count = config.seeds + config.selection_seeds
-    grid = product_grid(learning_rate=rates, seed=range(count))
+    """Every run of an estimator, at every rate and seed, in one program, and what came out at its best rate."""
+    grid = product_grid(learning_rate=rates, seed=range(config.seeds + config.selection_seeds))
     params, metrics = make_sweep(make_run(config, task, contender), make_mesh())(grid, task.ref_params)
     keys = jax.vmap(lambda seed: step_key(seed, Purpose.EVALUATE))(grid["seed"])
     ends, metrics = jax.device_get((evaluate((params, keys), task.ref_params), metrics))
-    ends = {name: values.reshape(len(rates), count) for name, values in ends.items()}
+    return judge(config, contender, rates, ends, metrics)
+
+
+def judge(
+    config: Config,
+    contender: Contender,
+    rates: tuple[float, ...],
+    ends: dict[str, np.ndarray],
+    metrics: dict[str, np.ndarray],
+) -> Result:
+    """The runs at the best rate: that of the highest mean objective at the end over the selection seeds, the last ones.
+
+    Args:
+        config: of the comparison.
+        contender: whose runs they are.
+        rates: the learning rates tried.
+        ends: reward and kl of the policies at the end. [rates * all seeds], the seeds consecutive.
+        metrics: reward and kl_k1 of every update. [rates * all seeds, U].
+
+    Returns:
+        The result over the first `seeds` seeds, which the choice has not seen.
+    """
+    ends = {name: values.reshape(len(rates), -1) for name, values in ends.items()}
     objective = ends["reward"] - config.kl_coefficient * ends["kl"]
-    best = int(np.nanargmax(objective[:, config.seeds :].mean(axis=1)))
     sampled = metrics["reward"] - config.kl_coefficient * metrics["kl_k1"]
-    curve = sampled.reshape(len(rates), count, config.points, -1).mean(axis=-1)
+    curve = sampled.reshape(*objective.shape, config.points, -1).mean(axis=-1)
+    preferred = objective[:, config.seeds :].mean(axis=1)
+    best = int(np.argmax(np.nan_to_num(preferred, nan=-np.inf)))
     judged = slice(config.seeds)
     return Result(
         contender,
-        rates[best],
-        ends["reward"][best, judged],
-        ends["kl"][best, judged],
-        objective[best, judged],
-        curve[best, judged],
-        objective[:, judged],
+        rate=rates[best],
+        reward=ends["reward"][best, judged],
+        kl=ends["kl"][best, judged],
+        objective=objective[best, judged],
+        curve=curve[best, judged],
+        by_rate=objective[:, judged],
     )
 
 
@@ -236,10 +265,10 @@ def table_rows(name: str, results: list[Result], start: float, best: float) -> l
 
 def main(config: Config) -> None:
     check(config)
+    compared = contenders(config)
     began = time.perf_counter()
     folder = open_results(config.results)
     rows, about = [], {}
-    compared = contenders(config.kl_coefficient)
     for name, task, rates in make_tasks(config):
         evaluate = make_sweep(lambda run, ref_params, task=task: task.evaluate(run[0], ref_params, run[1]), make_mesh())
         reference = jax.tree.map(lambda x: jnp.stack([x]), (task.ref_params, jax.random.key(0)))
@@ -264,8 +293,8 @@ def check(config: Config) -> None:
     block = config.batch * config.points
     if config.points < 1 or config.completions < block or config.completions % block:
         raise InputError(f"completions is {config.completions}; it must be a multiple of batch times points, {block}.")
-    if min(config.seeds, config.selection_seeds) < 1 or not (config.walk_rates and config.bandit_rates):
-        raise InputError("seeds and selection_seeds must be at least 1, and there must be a rate for each task.")
+    if config.seeds < 2 or config.selection_seeds < 1 or not (config.walk_rates and config.bandit_rates):
+        raise InputError("seeds must be at least 2, selection_seeds 1, and there must be a rate for each task.")
     if not config.kl_coefficient > 0:
         raise InputError(f"kl_coefficient is {config.kl_coefficient}; the optimum is known where it is above 0.")
 
@@ -286,13 +315,17 @@ def draw(
             ranking.plot([low, high], [place, place], color=colour, linewidth=1.6)
             ranking.plot(value, place, "o", color=colour, markersize=6, markerfacecolor="white" if dashed else colour)
         ranking.set_yticks(range(len(ranked)), [result.contender.label for result in ranked])
+        for label, result in zip(ranking.get_yticklabels(), ranked, strict=True):
+            label.set(color=result.contender.colour, fontweight="bold")
         ranking.axvline(best, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
         draw_limit(learning, best, f"optimum {best:.3f}")
         draw_limit(sensitivity, best, "")
         objective = f"reward − {config.kl_coefficient:g} KL"
-        learning.set(xlabel="completions", ylabel=objective, ylim=(min(start, 0), None))
+        learning.set(xlabel="completions", ylabel=objective)
         ranking.set(xlabel=objective)
-        sensitivity.set(xlabel="learning rate", ylabel=objective, xscale="log", ylim=(min(start, 0), None))
+        sensitivity.set(xlabel="learning rate", ylabel=objective, xscale="log", ylim=(start, None))
+        sensitivity.set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
+        sensitivity.set_xticks([], minor=True)
 
 
 def intervals(values: np.ndarray) -> np.ndarray:

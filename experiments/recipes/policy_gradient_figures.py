@@ -17,7 +17,9 @@ def draw_errors(path: Path, curves: dict[str, tuple[np.ndarray, np.ndarray]]) ->
         ends = np.array([1.0, max(counts[-1] for counts, _ in curves.values())])
         guide = min(found[0] for _, found in curves.values()) / 2 / np.sqrt(ends)
         axes.plot(ends, guide, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.annotate("slope −1/2", (1, guide[0]), (0, -14), textcoords="offset points", color=GREY, fontsize=8)
+        middle = (math.sqrt(ends[1]), guide[0] / ends[1] ** 0.25)
+        below = {"textcoords": "offset points", "ha": "right", "va": "top", "color": GREY, "fontsize": 8}
+        axes.annotate("slope −1/2", middle, (-4, -2), **below)
         axes.set(xscale="log", yscale="log", xlabel="m, batches", ylabel="root mean square error / |exact gradient|")
         label_ends(axes, {name: (counts[-1], found[-1]) for name, (counts, found) in curves.items()})
 

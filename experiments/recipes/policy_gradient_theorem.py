@@ -1,8 +1,41 @@
-"""What each estimator's expected gradient is: every group summed, 131,072 batches sampled, beside the exact gradient.
+"""The expected gradient of every estimator: each group summed, 131,072 batches sampled, beside the exact gradient.
 
     python experiments/recipes/policy_gradient_theorem.py
 
-DOC
+Two cores of an AMD EPYC, JAX 0.10.2: 2.4 minutes of processor time, 3.4 minutes with both cores shared.
+
+A tabular policy over 3 tokens writes 15 different completions of at most 3 tokens, ended by a token or cut. The
+reference policy differs, a nat of divergence costs 0.1, and each completion of each of two prompts has a random reward.
+Every estimate is a whole `policy_gradient_update`: parameters after it, less those before. The columns:
+
+- bias along and across: of the expected gradient of one prompt's group of 4, by summing over all 50,625 groups, as
+  shares of the exact gradient's length: along it, signed (a scale, which an adaptive optimizer undoes), and across it
+  (a direction, which nothing undoes). It is held against E[r] - beta KL, or E[r] where an estimator charges no KL.
+- sampled along: the same from 131,072 batches of both prompts, with its 95 % interval.
+- error slope: of the error's logarithm over that of the number of batches.
+- cosine: of the expected gradient with that of E[r] - beta KL. 1 is the direction of steepest ascent.
+- variance: trace of the covariance of one group's gradient, over the squared length of its mean.
+- off policy: bias where a policy with logits off by 0.5 sampled the groups: clips and ratios away from the start.
+- completions sampled for a prompt; passes of a model over them (reference, critic, forward and backward of each update)
+  in the paper's version; microseconds of an update of the table, and that time as a multiple of the first row's.
+
+Published: Williams 1992, Sutton 2000 and Kool 2019 prove that reinforce is unbiased with any baseline that does not see
+the completion itself, the mean of the others in its group included; the group's own mean takes 1/G of the gradient's
+length and leaves its direction, to which dr_grpo adds its division by C; a completion's whole ratio is unbiased off
+policy. The error of the unbiased falls with a slope of -1/2 for ever, that of the others comes to rest.
+
+Measured, seed 0: a bias of 0.000 % along and across for reinforce, reinforce_moving_average, reinforce_value,
+reinforce_to_go, rloo, remax, importance_token and importance_sequence; for dr_grpo -75.000 % along, which is 3/4 of 1/3
+less 1, and 0.000 % across. Across: raft 45.6 %, awr 12.1 %, grpo 10.6 %, gspo 8.9 %, reinforce_pp 6.5 %, ppo 4.0 % (its critic
+errs by 0.3), dapo and cispo 2.1 %. Error slopes of -0.48 to -0.52 for the unbiased, -0.03 to 0 for the others. Variance
+3.66 without a baseline, 1.86 leaving one out, 1.38 with a moving average, 1.02 with a critic; 4.27 for remax, whose
+greedy completion earns -0.13 where the policy earns 1.06. Off policy, across: rloo 29.7 %, ppo 21.1 %, importance_token
+8.4 %, importance_sequence 8.3 %, without a cap 5.0 %, and 0.000 % without the KL too: the divergence in the reward is
+that of the policy that sampled.
+
+In the sums one group of 4 is the whole batch, so what is worked out over a batch (whitening, a mean over tokens) is
+further off there than in the samples, with two prompts. The overlong penalty and the replacement of groups without
+signal (dapo) are left out: they change the rewards and the prompts.
 """
 
 import dataclasses
@@ -292,7 +325,8 @@ def chosen(config: Config) -> dict[str, Estimator]:
 def check(config: Config) -> None:
     """Raise InputError for settings that cannot work, before anything is measured or written."""
     check_seed(config.seed)
-    chosen(config)
+    if not chosen(config) or not config.group_sizes:
+        raise InputError("Name at least one estimator, and one group size.")
     if config.vocab_size < 2 or config.length < 1 or min(config.group_size, *config.group_sizes) < 2:
         raise InputError("Two tokens, a length of 1 and a group of 2 completions are the least that can be measured.")
     parts = CHUNKS * GROUP_SIZE_SHARE * jax.device_count()

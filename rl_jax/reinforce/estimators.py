@@ -42,7 +42,7 @@ ESTIMATORS = {
         advantages=total_rewards,
     ),
     "reinforce_moving_average": Estimator(
-        paper="Williams 1992 (reinforcement comparison)",
+        paper="Williams 1992",
         equation="A = r - mean of the rewards of earlier steps",
         target=f"{_EXACT} after the first step, whose baseline is its own mean",
         differs="The baseline is made of the steps before, so that no sample enters its own.",
@@ -79,7 +79,7 @@ ESTIMATORS = {
     "grpo": Estimator(
         paper="Shao 2024, eq. 3 and 4",
         equation="A = (r - group mean) / group std; min(rho A, clip(rho) A) / length; - beta k3",
-        target="not E[r]: prompts weighed by 1 / std, tokens by 1 / length; the KL is the reverse, by token",
+        target="not E[r]: prompts weighed by 1 / std, tokens by 1 / length; the KL is the reverse one, by token",
         differs="As in the paper: mean a sequence and k3, where TRL's default has become a token mean without KL.",
         advantages=group_standardized_advantages,
         loss=_PPO_CLIP,
@@ -100,7 +100,7 @@ ESTIMATORS = {
     "reinforce_pp": Estimator(
         paper="Hu 2025 (REINFORCE++)",
         equation="A_c = whitened sum of the token rewards from c on; min(rho A, clip(rho) A)",
-        target="E[r] - beta KL, times a random 1 / std and (n - 1) / n, n the tokens that share the mean",
+        target="E[r] - beta KL, but for a mean that is shared and a random 1 / std",
         differs="No critic, yet PPO's clip; advantages are whitened over all tokens of the batch, not by device.",
         advantages=partial(rewards_to_go, discount=1.0),
         loss=_PPO_CLIP,
@@ -110,7 +110,7 @@ ESTIMATORS = {
     "reinforce_pp_baseline": Estimator(
         paper="Hu 2025 (REINFORCE++-baseline)",
         equation="A = whitened (r - group mean); min(rho A, clip(rho) A); - beta k2",
-        target="E[r], times (G - 1) / G and a random 1 / std; the KL's is KL(policy || reference) by token",
+        target="E[r], times (G - 1) / G and a random 1 / std; the KL is by token",
         differs="k2 in the loss, whose gradient is the KL's, where others take k3.",
         advantages=group_mean_advantages,
         loss=_PPO_CLIP,

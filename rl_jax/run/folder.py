@@ -31,18 +31,19 @@ def check_run(folder: str | Path, config: Any, resume: bool, may_differ: Collect
         raise InputError(f"{folder} exists; give another --run, remove it, or continue it with --resume.")
 
 
-def open_run(folder: str | Path, script: str, config: Any) -> Path:
+def open_run(folder: str | Path, script: str, config: Any, **about: Any) -> Path:
     """Makes the folder of a run that `check_run` has accepted, writes its config.json, and returns the folder.
 
     Args:
         folder: the run's folder.
         script: the script that runs, such as "experiments/pipeline.py".
         config: its settings, a dataclass.
+        about: what else config.json is to say of the run.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"script": script, "config": jsonable(config), "device": describe_device(), "versions": versions()}
-    write_json(folder / "config.json", about)
+    facts = {"script": script, "config": jsonable(config), "device": describe_device(), "versions": versions()}
+    write_json(folder / "config.json", facts | about)
     return folder
 
 

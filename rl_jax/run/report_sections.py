@@ -257,10 +257,10 @@ def _rows(title: str, values: dict[str, Any]) -> str:
 
 
 def settings(config: dict[str, Any]) -> str:
-    """The settings, one table for each nested group, and the versions of what ran."""
+    """The settings, one table for each nested group, what the estimator made of them, and the versions of what ran."""
     values = config.get("config") or {}
     groups = {"general": {name: value for name, value in values.items() if not isinstance(value, dict)}}
     groups |= {name: value for name, value in values.items() if isinstance(value, dict)}
-    groups["versions"] = config.get("versions") or {}
+    groups |= {name: config.get(name) or {} for name in ("estimator", "versions")}
     tables = "".join(_rows(name, group) for name, group in groups.items())
     return tables and f'<div class="groups">{tables}</div>'
