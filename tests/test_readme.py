@@ -4,8 +4,13 @@ import re
 from pathlib import Path
 
 import numpy as np
+import tyro
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text("utf-8"), re.DOTALL)
+from experiments import pipeline
+from rl_jax.reinforce.estimators import ESTIMATORS
+
+README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def block(words: str) -> str:
@@ -38,3 +43,18 @@ def test_the_rewards_are_rewards():
     exec(block("def brief"), names)
     rollout = type("Rollout", (), {"completion_mask": np.array([[True, True], [True, False]])})
     assert names["brief"](rollout).tolist() == [-2, -1]
+
+
+def test_the_table_of_estimators_is_that_of_the_library():
+    lines = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|", README, re.MULTILINE)
+    assert [line for line in lines if line[0] in ESTIMATORS] == [
+        (name, row.equation, row.paper) for name, row in ESTIMATORS.items()
+    ]
+
+
+def test_every_option_in_a_command_exists():
+    config = pipeline.Config()
+    for words in re.findall(r"experiments/pipeline.py (--.*)", README):
+        words = words.split("#")[0].split()
+        if "rewards:exclaims" not in words:
+            assert tyro.cli(pipeline.Config, args=words) != config

@@ -129,7 +129,11 @@ class Estimator:
         return idle
 
 
-_SETTINGS = [field.name for field in dataclasses.fields(Estimator) if field.default is not dataclasses.MISSING][1:]
+_SETTINGS = [
+    field.name
+    for field in dataclasses.fields(Estimator)
+    if field.default is not dataclasses.MISSING and field.name != "loss"
+]
 
 
 def with_options(name: str, estimator: Estimator, options: dict[str, Any]) -> Estimator:
