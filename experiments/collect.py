@@ -16,7 +16,7 @@ from rl_jax.rewards.text import score_texts
 from rl_jax.rollout import generate, refill_groups
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.sampling import Sampling, most_likely
-from rl_jax.types import Array, PyTree, Rollout
+from rl_jax.types import Array, Metrics, PyTree, Rollout
 
 REFILLS = 1 << 32  # added to the seed: the stream of prompts that replace others; no seed is as large
 
@@ -38,8 +38,9 @@ class Collected(NamedTuple):
 SampleFn = Callable[[PyTree, Array, Array, Array], Collected]
 """Params, key, prompts [N, P], mask -> completions; their rewards are those on tokens."""
 
-CollectFn = Callable[[PyTree, int], tuple[Collected, int]]
-"""Params, number of the step -> completions with all their rewards, and how many batches were sampled for them."""
+CollectFn = Callable[[PyTree, int], tuple[Collected, Metrics]]
+"""Params, number of the step -> completions with all their rewards, and metrics: where groups are replaced, rounds (how
+many batches were sampled), and reward and zero_signal_groups of the first, which nothing has selected."""
 
 
 def make_sample(config: TransformerConfig, sampling: Sampling, reward: Reward, needs_greedy: bool) -> SampleFn:
@@ -103,13 +104,17 @@ def make_collect(
         sampled, greedy = mapped_sample(params, key, *prompt_batch(*prompts, batch_size, stream, number))
         return Collected(reward_text(sampled), None if greedy is None else reward_text(greedy))
 
-    def collect(params: PyTree, number: int) -> tuple[Collected, int]:
+    def collect(params: PyTree, number: int) -> tuple[Collected, Metrics]:
         batch = complete(params, step_key(seed, Purpose.SAMPLE, number), seed, number)
+        if rounds == 1:
+            return batch, {}
+        reward, wanting = jnp.mean(batch.sampled.rewards), zero_signal_groups(batch.sampled.rewards, group_size)
+        metrics = {"reward": reward, "zero_signal_groups": jnp.mean(wanting, dtype=jnp.float32)}
         sampled = 1
-        while sampled < rounds and np.any(zero_signal_groups(jnp.asarray(batch.sampled.rewards), group_size)):
+        while sampled < rounds and np.any(zero_signal_groups(batch.sampled.rewards, group_size)):
             key = jax.random.fold_in(step_key(seed, Purpose.REFILL, number), sampled)
             batch = mapped_refill(batch, complete(params, key, seed + REFILLS, number * rounds + sampled))
             sampled += 1
-        return batch, sampled
+        return batch, metrics | {"rounds": jnp.asarray(sampled)}
 
     return collect

@@ -4,9 +4,11 @@ import dataclasses
 
 from rl_jax.errors import InputError
 from rl_jax.reinforce.composition import Estimator
-from rl_jax.reinforce.estimators import make_estimator
+from rl_jax.reinforce.estimators import ESTIMATORS, make_estimator
 from rl_jax.reinforce.objectives import Normalize
 from rl_jax.reinforce.penalties import KLPlacement
+
+RATIO_OPTIONS = {"clip_low", "clip_high", "dual_clip", "ratio_cap"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,8 @@ class EstimatorOptions:
     kl_target: float | None = None
     """Nats a completion that the coefficient is steered to."""
     kl_horizon: float | None = None
-    """Completions in which a KL far from its target changes the coefficient by a fifth."""
+    """Completions in which a KL far from its target changes the coefficient by a fifth; more than a fifth of those
+    of an update."""
     reward_scale: float | None = None
     """What rewards are multiplied by."""
     reward_clip: float | None = None
@@ -70,6 +73,11 @@ def chosen_estimator(name: str, options: EstimatorOptions, group_size: int) -> E
     """The estimator that the settings ask for; InputError for options without effect, and for groups too small."""
     given = {option: value for option, value in dataclasses.asdict(options).items() if value is not None}
     estimator = make_estimator(name, **given)
+    for option in set(given) & RATIO_OPTIONS if estimator.updates == 1 else ():
+        raise InputError(
+            f"{option} has no effect for {name} with one update a batch, for which every importance ratio is 1. "
+            "Leave it out, or give epochs or minibatches."
+        )
     if estimator.grouped and group_size < 2:
         raise InputError(f"{name} compares the completions of a prompt: give a group_size of at least 2.")
     return estimator
@@ -78,5 +86,6 @@ def chosen_estimator(name: str, options: EstimatorOptions, group_size: int) -> E
 def describe_estimator(name: str, options: EstimatorOptions, group_size: int) -> dict[str, str]:
     """What the chosen estimator is, and the value of each of its options, given or its own."""
     estimator = chosen_estimator(name, options, group_size)
-    about = {"name": name, "paper": estimator.paper, "gradient of": estimator.target}
+    of_the_row = "" if estimator == ESTIMATORS[name] else " (before these options)"
+    about = {"name": name, "paper": estimator.paper, f"gradient of{of_the_row}": estimator.target}
     return about | {option: str(value) for option, value in estimator.options.items()}

@@ -192,7 +192,7 @@ def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: Me
             metrics["held_out_loss"] = nats / sum(mask.sum() for _, mask in curve)
         return state, metrics
 
-    state = put(init_state(init_params(step_key(seed, Purpose.INIT), config), optimizer), mesh)
+    state = put(init_state(init_params(step_key(seed, Purpose.INIT), config), optimizer, kl_coefficient=0.0), mesh)
     checkpoints = open_checkpoints(run / "checkpoints/pretrain", dataclasses.asdict(settings))
     state = restore_checkpoint(checkpoints, state) or state
     state = train(

@@ -2,7 +2,7 @@
 
     python experiments/reinforce.py --policy runs/pretrain/policy --run runs/rl
     python experiments/reinforce.py --policy runs/pretrain/policy --reward.names length --reward.target-length 20
-    python experiments/reinforce.py --policy runs/pretrain/policy --estimator ppo --epochs 2 --kl-target 6
+    python experiments/reinforce.py --policy runs/pretrain/policy --estimator ppo --kl-target 6 --kl-horizon 500
 
 Writes the tuned policy, metrics, checkpoints, the comparison of both policies and a report to the run's folder.
 """
@@ -161,6 +161,12 @@ def check(
     for name in ("prompts", "compare.prompts"):
         if counts[name] % jax.device_count():
             raise InputError(f"{name} is {counts[name]}, which does not divide over {jax.device_count()} devices.")
+    completions = settings.prompts * settings.group_size
+    if estimator.kl_target is not None and estimator.kl_horizon <= completions / 5:
+        raise InputError(
+            f"kl_horizon is {estimator.kl_horizon}; with {completions} completions an update it must be above "
+            f"{completions / 5:g}, or the coefficient could change its sign."
+        )
     if settings.noise_every < 0 or (settings.noise_every and settings.prompts < 2):
         raise InputError("noise_every must be at least 0, and a noise is measured between at least 2 prompts.")
     if reward.on_text is not None:  # a mistake in it should show now rather than after pretraining
@@ -193,7 +199,7 @@ def reinforce(
     sample = make_sample(config, sampling, reward, estimator.greedy)
 
     def learn(
-        state: TrainState, ref_params: PyTree, key: Array, collected: Collected, measure_noise: bool = False
+        state: TrainState, ref_params: PyTree, key: Array, collected: Collected, noise_at_once: int = 0
     ) -> tuple[TrainState, Metrics]:
         (rollout, rewards), greedy = collected
         ref_logprobs, ref_states = reference_scores(ref_params, rollout, config, sampling)
@@ -211,14 +217,14 @@ def reinforce(
             greedy_rewards=None if greedy is None else jnp.repeat(greedy.rewards, settings.group_size),
             key=key,
             microbatches=settings.microbatches,
-            measure_noise=measure_noise,
+            noise_at_once=noise_at_once,
         )
         return state, metrics | {"learning_rate": rate}
 
     def learn_and_measure(
         state: TrainState, ref_params: PyTree, key: Array, collected: Collected
     ) -> tuple[TrainState, Metrics]:
-        return learn(state, ref_params, key, collected, measure_noise=True)
+        return learn(state, ref_params, key, collected, noise_at_once=mesh.size)
 
     def sample_and_learn(
         state: TrainState, ref_params: PyTree, keys: Array, prompts: Array, mask: Array
@@ -248,9 +254,9 @@ def reinforce(
             keys = jnp.stack([step_key(seed, Purpose.SAMPLE, number), shuffle])
             batch = prompt_batch(*prompts.train, settings.prompts, seed, number)
             return mapped_step(state, ref_params, keys, *batch)
-        collected, rounds = collect(state.params, number)
+        collected, sampling_metrics = collect(state.params, number)
         state, metrics = (mapped_measure if measure else mapped_learn)(state, ref_params, shuffle, collected)
-        return state, metrics | ({"rounds": rounds} if estimator.sampling_rounds > 1 else {})
+        return state, metrics | sampling_metrics
 
     params = add_value_head(policy.params, config) if estimator.critic else policy.params
     state = put(init_state(params, optimizer, estimator.options.get("kl_coefficient", 0.0)), mesh)

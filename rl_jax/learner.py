@@ -43,11 +43,11 @@ class Experience(NamedTuple):
     rollout: Rollout
     advantages: Array
     ref_logprobs: Array
-    critic: "Critic | None"
+    critic: "CriticTargets | None"
     context: Any
 
 
-class Critic(NamedTuple):
+class CriticTargets(NamedTuple):
     """What a critic expected before each token, before the step, and what it is to learn. [B, C] each."""
 
     values: Array
@@ -76,10 +76,8 @@ def make_optimizer(
     )
 
 
-def init_state(
-    params: PyTree, optimizer: optax.GradientTransformation, kl_coefficient: float | Array = 0.0
-) -> TrainState:
-    """The state before the first update; the KL coefficient is in reward units a nat."""
+def init_state(params: PyTree, optimizer: optax.GradientTransformation, kl_coefficient: float | Array) -> TrainState:
+    """The state before the first update; `kl_coefficient` is what `policy_gradient_update` charges for a nat."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -137,7 +135,7 @@ def policy_gradient_update(
     greedy_rewards: Array | None = None,
     key: Array | None = None,
     microbatches: int = 1,
-    measure_noise: bool = False,
+    noise_at_once: int = 0,
 ) -> tuple[TrainState, Metrics]:
     """One step of an estimator, from a rollout of the current policy.
 
@@ -154,23 +152,22 @@ def policy_gradient_update(
         greedy_rewards: of the greedy completion of each sequence's prompt, where the estimator asks for them. [B].
         key: shuffles the batch, where there are several minibatches.
         microbatches: parts that each gradient is accumulated over.
-        measure_noise: adds the metrics of `gradient_noise`, for a gradient of each prompt's group.
+        noise_at_once: where it is not 0, adds the metrics of `gradient_noise` over prompts, so many prompts at once:
+            a multiple of the number of devices, and a divisor of N.
 
     Returns:
         The state after, and metrics: those of `reinforce_gradient` and `apply_gradients`, of several updates their
         mean (ratio_min and effective_sample_size the least, ratio_max the largest, logprob_gap the first); reward and
         reward_std; kl_k1 (nats a completion); kl_coefficient; length (tokens); truncated (share of completions);
-        zero_signal_groups (share of groups, where G is more than 1); tokens (sampled in all); with a critic
-        explained_variance and value_loss, of before the step.
+        zero_signal_groups (share of groups whose rewards are all equal, where G is more than 1); tokens (in all); with
+        a critic explained_variance and value_loss, of before the step.
     """
     kl = kl_estimate(rollout.behavior_logprobs, ref_logprobs, "k1")
     values = critic_values(state.params, rollout, score_fn, context, microbatches) if estimator.critic else None
-    shaped, greedy = _shape(
-        estimator, rewards + overlong_penalty(rollout.completion_mask, estimator.overlong_share), greedy_rewards
-    )
+    shaped, greedy = _shape(estimator, rewards, greedy_rewards)
     advantages, targets, baseline = estimate_advantages(
         estimator,
-        shaped,
+        shaped + overlong_penalty(rollout.completion_mask, estimator.overlong_share),
         kl,
         rollout.completion_mask,
         kl_coefficient=state.kl_coefficient,
@@ -179,20 +176,22 @@ def policy_gradient_update(
         values=values,
         greedy_rewards=greedy,
     )
-    critic = None if values is None or targets is None else Critic(values, targets)
+    critic = None if values is None or targets is None else CriticTargets(values, targets)
     experience = Experience(rollout, advantages, ref_logprobs, critic, context)
-    noise = _noise(state, experience, estimator, score_fn, group_size) if measure_noise else {}
+    about = _batch_metrics(experience, rewards, kl, group_size)
+    if noise_at_once:
+        about |= _noise(state, experience, estimator, score_fn, group_size, noise_at_once)
     updated, metrics = _fit(state, experience, estimator, score_fn, optimizer, key, microbatches)
     nonfinite = jnp.where(updated.nonfinite > 0, state.nonfinite + 1, 0)
     updated = dataclasses.replace(
         updated,
         step=state.step + 1,
         baseline=jnp.where(jnp.isfinite(baseline), baseline, state.baseline),
-        kl_coefficient=_next_kl_coefficient(state, estimator, metrics["kl"], len(rewards)),
+        kl_coefficient=_next_kl_coefficient(state, estimator, about["kl_k1"], len(rewards)),
         nonfinite=nonfinite,
     )
     metrics |= {"nonfinite": nonfinite, "kl_coefficient": state.kl_coefficient}
-    return updated, metrics | _batch_metrics(experience, rewards, kl, group_size) | noise
+    return updated, metrics | about
 
 
 def experience_gradient(
@@ -295,33 +294,56 @@ def _fit(
 
     if estimator.updates == 1:
         return update(state, experience)
-    rows = _minibatch_rows(key, len(experience.advantages), estimator)
-    state, metrics = jax.lax.scan(lambda s, r: update(s, jax.tree.map(lambda x: x[r], experience)), state, rows)
-    return state, {name: REDUCTIONS.get(name, jnp.mean)(over) for name, over in metrics.items()}
+
+    def epoch(state: TrainState, key: Array | None) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(update, state, _minibatches(key, experience, estimator.minibatches))
+
+    keys = None if key is None else jax.random.split(key, estimator.epochs)
+    state, metrics = jax.lax.scan(epoch, state, keys, length=estimator.epochs)
+    return state, {name: REDUCTIONS.get(name, jnp.mean)(over.reshape(-1)) for name, over in metrics.items()}
 
 
-def _minibatch_rows(key: Array | None, count: int, estimator: Estimator) -> Array:
-    """The sequences of each update: the batch once an epoch, shuffled where it is split. int32 [updates, B / M]."""
-    if estimator.minibatches == 1:
-        return jnp.tile(jnp.arange(count), (estimator.epochs, 1))
+def _minibatches(key: Array | None, experience: Experience, minibatches: int) -> Experience:
+    """A batch in random parts. [B, ...] -> [minibatches, B / minibatches, ...].
+
+    Of every few neighbours each part takes one, so that a batch that is laid over devices stays where it is.
+    """
+    if minibatches == 1:
+        return jax.tree.map(lambda x: x[None], experience)
     if key is None:
         raise ValueError("Several minibatches need a key to shuffle the batch with.")
-    keys = jax.random.split(key, estimator.epochs)
-    return jax.vmap(lambda key: jax.random.permutation(key, count))(keys).reshape(estimator.updates, -1)
+    order = jnp.argsort(jax.random.uniform(key, (len(experience.advantages) // minibatches, minibatches)), axis=1)
+
+    def cut(x: Array) -> Array:
+        neighbours = x.reshape(-1, minibatches, *x.shape[1:])
+        chosen = jnp.take_along_axis(neighbours, order.reshape(*order.shape, *[1] * (x.ndim - 1)), axis=1)
+        return jnp.moveaxis(chosen, 1, 0)
+
+    return jax.tree.map(cut, experience)
 
 
 def _noise(
-    state: TrainState, experience: Experience, estimator: Estimator, score_fn: ScoreFn, group_size: int
+    state: TrainState,
+    experience: Experience,
+    estimator: Estimator,
+    score_fn: ScoreFn,
+    group_size: int,
+    at_once: int,
 ) -> Metrics:
-    """`gradient_noise` over prompts. Means over tokens go by completion, their common denominator left aside."""
+    """`gradient_noise` over prompts; what advantages share across prompts, and a mean over tokens, is held fixed."""
+    mask = experience.rollout.completion_mask
+    scale = len(mask) / jnp.sum(mask) if estimator.normalize == "token" else 1.0
     normalize = "completion" if estimator.normalize == "token" else estimator.normalize
     estimator = dataclasses.replace(estimator, normalize=normalize)
     groups = jax.tree.map(lambda x: x.reshape(-1, group_size, *x.shape[1:]), experience)
 
     def gradient(group: Experience) -> PyTree:
-        return experience_gradient(state.params, state.kl_coefficient, group, estimator=estimator, score_fn=score_fn)[0]
+        grads, _ = experience_gradient(
+            state.params, state.kl_coefficient, group, estimator=estimator, score_fn=score_fn
+        )
+        return jax.tree.map(lambda x: scale * x, grads)
 
-    return gradient_noise(gradient, groups)
+    return gradient_noise(gradient, groups, at_once)
 
 
 def _next_kl_coefficient(state: TrainState, estimator: Estimator, kl: Array, completions: int) -> Array:

@@ -39,6 +39,12 @@ def test_group_mean_by_hand():
     np.testing.assert_array_equal(group_mean_advantages(REWARDS, 1), 0)
 
 
+def test_equal_rewards_leave_no_rounding():
+    rewards = jnp.repeat(jnp.array([0.1, 0.7, 1 / 3]), 7)  # whose means are rounded
+    assert jnp.any(rewards - jnp.repeat(jnp.mean(rewards.reshape(3, 7), axis=1), 7) != 0)
+    np.testing.assert_array_equal(group_mean_advantages(rewards, 7), 0)
+
+
 def test_group_standard_deviation_by_hand():
     first, second = np.sqrt(14 / 2) + 1e-4, np.sqrt(600 / 2) + 1e-4
     expected = [-2 / first, -1 / first, 3 / first, -10 / second, -10 / second, 20 / second]
@@ -62,6 +68,8 @@ def test_moving_average_by_hand():
     second, baseline = moving_average_advantages(jnp.array([5.0, 9.0]), baseline, baseline_decay=0.9)
     np.testing.assert_allclose(second, [3, 7], rtol=1e-6)
     np.testing.assert_allclose(baseline, 2.5, rtol=1e-6)
+    _, baseline = moving_average_advantages(jnp.array([4.0, 6.0]), jnp.float32(1), baseline_decay=0.25)
+    np.testing.assert_allclose(baseline, 0.25 * 1 + 0.75 * 5, rtol=1e-6)
 
 
 def test_greedy_baseline_by_hand():
@@ -101,6 +109,12 @@ def test_gae_is_the_sum_of_its_definition(discount, gae_lambda):
     np.testing.assert_allclose(measured, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_gae_is_zero_where_masked_wherever_that_is():
+    holes = jnp.array([[False, True, False, True]])
+    advantages = gae_advantages(jnp.ones((1, 4)), jnp.full((1, 4), 0.5), holes, discount=1.0, gae_lambda=1.0)
+    np.testing.assert_array_equal(advantages[~holes], 0)
+
+
 def test_whitening_by_hand():
     values = jnp.array([[1.0, 2.0, 3.0], [6.0, NAN, NAN]])
     std = np.sqrt((4 + 1 + 0 + 9) / 4)
@@ -111,8 +125,8 @@ def test_whitening_by_hand():
 
 
 def test_zero_signal_groups_by_hand():
-    rewards = jnp.array([1.0, 1.0, 2.0, 2.0, 0.0, 1.0, 3.0, 3.0])
-    assert zero_signal_groups(rewards, 2).tolist() == [True, True, False, True]
+    rewards = jnp.array([1.0, 1.0, 2.0, 1.0, 0.0, 1.0, 3.0, 3.0])
+    assert zero_signal_groups(rewards, 2).tolist() == [True, False, False, True]
     assert zero_signal_groups(rewards, 4).tolist() == [False, False]
 
 

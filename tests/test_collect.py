@@ -47,14 +47,16 @@ def test_one_round_is_the_batch_of_the_step():
     expected = fake_sample(0.5)(jnp.float32(0), step_key(SEED, Purpose.SAMPLE, 5), prompts, mask)
     np.testing.assert_array_equal(collected.sampled.rollout.prompts, expected.sampled.rollout.prompts)
     np.testing.assert_array_equal(collected.sampled.rewards, expected.sampled.rewards)
-    assert rounds == 1 and not signal(collected).all()
+    assert rounds == {} and not signal(collected).all()
 
 
 def test_groups_without_signal_are_replaced_and_the_others_stay():
     before, _ = make(0.5, 1)(jnp.float32(0), 5)
-    after, rounds = make(0.5, 10)(jnp.float32(0), 5)
+    after, metrics = make(0.5, 10)(jnp.float32(0), 5)
     again, _ = make(0.5, 10)(jnp.float32(0), 5)
-    assert signal(after).all() and 1 < rounds < 10
+    assert signal(after).all() and 1 < int(metrics["rounds"]) < 10
+    np.testing.assert_allclose(metrics["reward"], np.mean(before.sampled.rewards), rtol=1e-6)
+    np.testing.assert_allclose(metrics["zero_signal_groups"], 1 - signal(before).mean(), rtol=1e-6)
     prompts = [np.asarray(c.sampled.rollout.prompts).reshape(N, G) for c in (before, after, again)]
     np.testing.assert_array_equal(prompts[1][signal(before)], prompts[0][signal(before)])
     assert np.all(prompts[1][~signal(before)] != prompts[0][~signal(before)])
@@ -64,9 +66,9 @@ def test_groups_without_signal_are_replaced_and_the_others_stay():
 
 
 def test_rounds_end_where_there_is_no_signal_to_be_had():
-    collected, rounds = make(0.0, 3)(jnp.float32(0), 0)
-    assert rounds == 3 and not signal(collected).any()
-    assert make(1.1, 3)(jnp.float32(0), 0)[1] == 1
+    collected, metrics = make(0.0, 3)(jnp.float32(0), 0)
+    assert int(metrics["rounds"]) == 3 and not signal(collected).any()
+    assert int(make(1.1, 3)(jnp.float32(0), 0)[1]["rounds"]) == 1
 
 
 def test_no_two_rounds_have_the_same_prompts_or_numbers(monkeypatch):

@@ -24,7 +24,7 @@ CLIP = {"clip_low", "clip_high"}
 OPTIONS = {
     "reinforce": SCALE | KL,
     "reinforce_moving_average": SCALE | KL | {"baseline_decay"},
-    "reinforce_value": SCALE | KL | CRITIC | {"discount", "gae_lambda"},
+    "reinforce_value": SCALE | KL | {"value_coefficient", "discount", "gae_lambda"},
     "reinforce_to_go": SCALE | KL | {"discount"},
     "rloo": SCALE | KL | {"sampling_rounds"},
     "remax": SCALE | KL,
@@ -44,18 +44,56 @@ OPTIONS = {
 }
 
 
+DEFAULTS = {"normalize": "completion", "kl": "k1_reward", "kl_coefficient": 0.05, "kl_target": None}
+DEFAULTS |= {"whiten_advantages": False, "reward_scale": 1.0, "reward_clip": math.inf, "whiten_rewards": False}
+DEFAULTS |= {"overlong_share": 0.0, "sampling_rounds": 1, "epochs": 1, "minibatches": 1, "entropy_coefficient": 0.0}
+DEFAULTS |= {"value_coefficient": 0.1, "value_clip": math.inf, "discount": 1.0, "gae_lambda": 0.95}
+DEFAULTS |= {"clip_low": 0.2, "clip_high": 0.2}
+TWICE = {"minibatches": 2}
+PPO = {"normalize": "token", "whiten_advantages": True, "epochs": 4, "value_clip": 0.2}
+SETTINGS = {
+    "reinforce_moving_average": {"baseline_decay": 0.95},
+    "reinforce_value": {"gae_lambda": 1.0},
+    "grpo": {"normalize": "sequence", "kl": "k3_loss", "kl_coefficient": 0.04},
+    "dr_grpo": {"normalize": "constant", "kl": "none"},
+    "reinforce_pp": {"normalize": "token", "whiten_advantages": True},
+    "reinforce_pp_baseline": {"normalize": "token", "kl": "k2_loss", "whiten_advantages": True},
+    "dapo": {"normalize": "token", "kl": "none", "clip_high": 0.28, "overlong_share": 0.2, "sampling_rounds": 4}
+    | TWICE,
+    "cispo": {"normalize": "token", "kl": "none", "ratio_cap": 5.0} | TWICE,
+    "gspo": {"normalize": "sequence", "kl": "none", "clip_low": 3e-4, "clip_high": 4e-4} | TWICE,
+    "ppo": PPO,
+    "ppo_dual_clip": PPO | {"dual_clip": 3.0},
+    "awr": {"reward_temperature": 1.0, "weight_cap": 20.0},
+    "importance_token": {"ratio_cap": 2.0} | TWICE,
+    "importance_sequence": {"ratio_cap": 2.0} | TWICE,
+}
+
+
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_options_are_those_that_have_an_effect(name):
-    assert set(ESTIMATORS[name].options) == ALWAYS | OPTIONS[name]
+def test_options_are_those_that_have_an_effect_with_the_values_of_the_papers(name):
+    settings = DEFAULTS | SETTINGS.get(name, {})
+    assert ESTIMATORS[name].options == {option: settings[option] for option in ALWAYS | OPTIONS[name]}
+
+
+def test_rows_are_values():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ESTIMATORS["ppo"].epochs = 2
+    assert len({*ESTIMATORS.values()}) == len(ESTIMATORS)  # so they can be hashed
 
 
 def test_options_depend_on_each_other():
+    assert "value_clip" not in make_estimator("ppo", epochs=1).options
+    assert "baseline_decay" not in make_estimator("reinforce_moving_average", whiten_advantages=True).options
+    assert set(make_estimator("ppo", kl="none").options) >= SCALE, "the critic's error is in reward units"
     assert "kl_horizon" in make_estimator("rloo", kl_target=6.0, kl_horizon=100.0).options
+    assert make_estimator("rloo", kl_target=6.0).options["kl_horizon"] == 10_000
     assert {"kl_coefficient", "kl_target"} <= set(make_estimator("cispo", kl="k3_loss", kl_coefficient=0.1).options)
     assert not {"kl_coefficient", "kl_target"} & set(make_estimator("rloo", kl="none").options)
     assert not SCALE & set(make_estimator("raft", kl="none").options)
     assert SCALE & set(make_estimator("grpo", overlong_share=0.5, reward_scale=2.0).options)
-    assert not SCALE & set(make_estimator("rloo", whiten_advantages=True, kl="k2_loss").options)
+    for kl in ("k2_loss", "k3_loss", "exact_loss", "none"):
+        assert not SCALE & set(make_estimator("rloo", whiten_advantages=True, kl=kl).options)
     assert set(make_estimator("rloo", kl="k2_loss").options) >= SCALE
 
 
@@ -103,6 +141,8 @@ def test_value_that_cannot_work_is_refused(option, value, message):
 def test_more_values_that_cannot_work():
     with pytest.raises(InputError, match=r"dual_clip is 1.2; it must be above 1 \+ clip_high"):
         make_estimator("ppo_dual_clip", dual_clip=1.2)
+    with pytest.raises(InputError, match=r"dual_clip is 1.1; it must be above 1 \+ clip_high"):
+        make_estimator("ppo_dual_clip", dual_clip=1.1)
     assert make_estimator("ppo_dual_clip", dual_clip=1.21).options["dual_clip"] == 1.21
     with pytest.raises(InputError, match="dual_clip is 3"):
         make_estimator("ppo_dual_clip", clip_high=2.0)
@@ -149,6 +189,11 @@ def test_several_updates_are_for_losses_that_know_who_sampled(name):
             assert make_estimator(name, **options).updates % 2 == 0
 
 
+def test_whitened_weights_are_no_maximum_likelihood():
+    with pytest.raises(InputError, match="raft takes one update from a batch"):
+        make_estimator("raft", whiten_advantages=True, epochs=2)
+
+
 def test_what_the_rows_need():
     needs = {name: (row.critic, row.greedy, row.grouped) for name, row in ESTIMATORS.items()}
     assert [name for name, need in needs.items() if need[0]] == ["reinforce_value", "ppo", "ppo_dual_clip"]
@@ -177,7 +222,7 @@ def make(advantages, **fields) -> Estimator:
 
 def estimate(estimator, **more):
     settings = {"kl_coefficient": jnp.float32(0.5), "group_size": 2, "baseline": jnp.float32(0.25)} | more
-    return estimate_advantages(estimator, REWARDS, KL, MASK, **settings)
+    return estimate_advantages(estimator, rewards=REWARDS, kl=KL, mask=MASK, **settings)
 
 
 def test_a_function_gets_what_it_names():

@@ -28,6 +28,13 @@ def test_ratios_of_the_policy_itself():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("shift", [-2.0, 2.0])
+def test_ratios_all_on_one_side_of_one(shift):
+    metrics = ratio_metrics(BEHAVIOR + LOG_RATIO + shift, BEHAVIOR, MASK)
+    assert float(metrics["ratio_min"]) == pytest.approx(np.exp(shift - 1), rel=1e-5)
+    assert float(metrics["ratio_max"]) == pytest.approx(np.exp(shift + 0.75), rel=1e-5)
+
+
 def test_effective_sample_size_does_not_overflow():
     far = ratio_metrics(jnp.array([[300.0], [0.0]]), jnp.zeros((2, 1)), jnp.ones((2, 1), bool))
     assert float(far["effective_sample_size"]) == pytest.approx(0.5)
@@ -40,6 +47,7 @@ def test_explained_variance_by_hand():
     )
     expected = 1 - np.var([0, 1, 1, 1, 0]) / np.var([1, 3, 5, 1, 0])
     np.testing.assert_allclose(explained_variance(values, targets, MASK), expected, rtol=1e-6)
+    np.testing.assert_allclose(explained_variance(0.1 * values, 0.1 * targets, MASK), expected, rtol=1e-5)
     np.testing.assert_allclose(explained_variance(targets, targets, MASK), 1, rtol=1e-6)
     np.testing.assert_array_equal(explained_variance(values, jnp.ones((3, 2)), MASK), 0)
 
@@ -64,6 +72,15 @@ def test_noise_by_hand(at_once):
     assert set(metrics) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_two_samples_are_enough_and_no_signal_has_no_batch_size():
+    metrics = gradient_noise(lambda x: x, jnp.array([0.0, 1.0]))
+    found = {name: float(value) for name, value in metrics.items()}
+    assert found == {
+        "grad_variance": 0.5, "grad_signal": 0, "grad_snr": 0, "critical_batch_size": pytest.approx(np.nan, nan_ok=True)
+    }  # fmt: skip
+    assert float(gradient_noise(lambda x: x, jnp.array([1.0, 2.0, 6.0]))["grad_variance"]) == pytest.approx(7)
 
 
 def test_signal_is_unbiased():

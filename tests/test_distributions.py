@@ -62,8 +62,9 @@ def test_kl_estimates_by_hand():
     np.testing.assert_allclose(kl_estimate(logprobs, ref, "k1"), [[log2, -log2]], rtol=1e-6)
     np.testing.assert_allclose(kl_estimate(logprobs, ref, "k2"), [[log2**2 / 2, log2**2 / 2]], rtol=1e-6)
     np.testing.assert_allclose(kl_estimate(logprobs, ref, "k3"), [[log2 - 0.5, 1 - log2]], rtol=1e-5)
-    with pytest.raises(ValueError, match="not 'k4'"):
-        kl_estimate(logprobs, ref, "k4")
+    for unknown in ("", "k4"):
+        with pytest.raises(ValueError, match=f"not '{unknown}'"):
+            kl_estimate(logprobs, ref, unknown)
 
 
 def expected_estimate(logits, weights, ref_logits, kind):

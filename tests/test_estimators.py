@@ -42,10 +42,9 @@ UNBIASED = ["reinforce", "reinforce_moving_average", "reinforce_value", "reinfor
 UNBIASED += ["importance_token", "importance_sequence"]
 
 
-def one_update(estimator, rollout, group_size=GROUP):
+def one_update(estimator, baseline, rollout):
     """What a whole update does to the logits with a learning rate of 1: the estimate of the gradient."""
-    state = init_state(PARAMS, SGD, BETA)
-    state = dataclasses.replace(state, baseline=jnp.float32(BASELINE))
+    state = dataclasses.replace(init_state(PARAMS, SGD, BETA), baseline=baseline)
     ref_logprobs = scores(PARAMS | {"logits": REF}, rollout, REF).logprobs
     rewards = REWARDS[codes(rollout)]
     updated, _ = policy_gradient_update(
@@ -55,7 +54,7 @@ def one_update(estimator, rollout, group_size=GROUP):
         estimator=estimator,
         score_fn=lambda params, rollout, _: scores(params, rollout, REF),
         optimizer=SGD,
-        group_size=group_size,
+        group_size=GROUP,
         ref_logprobs=ref_logprobs,
         greedy_rewards=jnp.full(rewards.shape, GREEDY),
     )
@@ -64,18 +63,25 @@ def one_update(estimator, rollout, group_size=GROUP):
 
 def single(name, **options):
     """The estimator with one update a batch."""
-    changes = {"epochs": 1} if ESTIMATORS[name].epochs > 1 else {}
+    changes = {passes: 1 for passes in ("epochs", "minibatches") if getattr(ESTIMATORS[name], passes) > 1}
     return make_estimator(name, **changes, **options)
 
 
-def mean_update(estimator, behavior=TABLE, group_size=GROUP):
+@functools.cache
+def compiled(estimator):
+    """One program for every policy that may have sampled."""
+
+    @jax.jit
+    def mean(behavior, baseline):
+        update = functools.partial(one_update, estimator, baseline)
+        return exact.expected_gradient(update, ALL, score_all(behavior), GROUP)
+
+    return mean
+
+
+def mean_update(estimator, behavior=TABLE, baseline=BASELINE):
     """The mean of the estimate over every group that `behavior` could sample. [parameters]."""
-
-    def mean():
-        update = functools.partial(one_update, estimator, group_size=group_size)
-        return exact.expected_gradient(update, ALL, score_all(behavior), group_size)
-
-    return np.asarray(jax.jit(mean)()).ravel()
+    return np.asarray(compiled(estimator)(behavior, jnp.float32(baseline))).ravel()
 
 
 @functools.cache
@@ -84,22 +90,27 @@ def expected(name):
 
 
 @functools.cache
+def slopes():
+    """The gradient of the log-probability of each token of every completion. [K, C, parameters]."""
+    return np.asarray(jax.jit(jax.jacobian(score_all))(TABLE)).reshape(*MASK.shape, -1)
+
+
+@functools.cache
 def groups_by_hand(behavior_seed):
-    """Every group, its probability [M], and each token's score [K, C, parameters], without the library's arithmetic."""
+    """Every group, and its probability [M], without the library's arithmetic."""
     behavior = TABLE if behavior_seed is None else OTHER
     index = np.stack(np.meshgrid(*[np.arange(len(MASK))] * GROUP, indexing="ij"), -1).reshape(-1, GROUP)
     logprobs, acting, ref = (np.asarray(score_all(x), np.float64) for x in (TABLE, behavior, REF))
     values = np.asarray(tabular_values(PARAMS["values"], ALL, VOCAB), np.float64) * MASK
     picked = (x[index] for x in (np.asarray(REWARDS, np.float64), MASK, logprobs, acting, ref, values))
-    slopes = np.asarray(jax.jacobian(score_all)(TABLE)).reshape(*MASK.shape, -1)
-    return index, np.exp(acting.sum(1)[index].sum(1)), plain.Groups(*picked, GREEDY, BASELINE), slopes
+    return index, np.exp(acting.sum(1)[index].sum(1)), plain.Groups(*picked, GREEDY, BASELINE)
 
 
 def expected_by_hand(name, behavior_seed=None):
-    index, probabilities, groups, slopes = groups_by_hand(behavior_seed)
+    index, probabilities, groups = groups_by_hand(behavior_seed)
     np.testing.assert_allclose(probabilities.sum(), 1, rtol=1e-5)
     coefficients = np.where(groups.mask, plain.COEFFICIENTS[name](groups, BETA), 0.0)
-    return np.einsum("m,mgc,mgcp->p", probabilities, coefficients, slopes[index])
+    return np.einsum("m,mgc,mgcp->p", probabilities, coefficients, slopes()[index])
 
 
 @functools.cache
@@ -150,9 +161,8 @@ def test_a_group_mean_shrinks_the_gradient_by_one_part_in_the_group():
     assert across < 1e-5
 
 
-def test_the_first_moving_average_shrinks_the_gradient_by_one_part_in_the_batch(monkeypatch):
-    monkeypatch.setitem(globals(), "BASELINE", np.nan)
-    scale, across = along(mean_update(single("reinforce_moving_average")), exact_gradient())
+def test_the_first_moving_average_shrinks_the_gradient_by_one_part_in_the_batch():
+    scale, across = along(mean_update(single("reinforce_moving_average"), baseline=np.nan), exact_gradient())
     assert scale == pytest.approx((GROUP - 1) / GROUP, rel=1e-4)
     assert across < 1e-4
 
@@ -169,6 +179,7 @@ def test_an_infinite_cap_makes_the_sequence_ratio_unbiased_off_policy_and_a_cap_
     assert along(means["importance_token", np.inf], gradient)[1] > 0.05
 
 
+@functools.cache
 def kl_pull(divergence):
     """The gradient of a divergence of next tokens, at the prefixes that the policy visits."""
     lengths = jnp.asarray(MASK.sum(1))
@@ -187,10 +198,14 @@ def plain_kl(logits, ref_logits):
     return jnp.sum(p * jnp.log(p / q), axis=-1)
 
 
+def reverse_kl(logits, ref_logits):
+    return plain_kl(ref_logits, logits)
+
+
 @pytest.mark.parametrize("placement", ["k2_loss", "exact_loss", "k3_loss"])
 def test_a_divergence_in_the_loss_pulls_by_token_and_k3_the_other_way_round(placement):
     mean = mean_update(single("rloo", kl=placement, kl_coefficient=0.3))
-    forward, reverse = kl_pull(plain_kl), kl_pull(lambda a, b: plain_kl(b, a))
+    forward, reverse = kl_pull(plain_kl), kl_pull(reverse_kl)
     pull = reverse if placement == "k3_loss" else forward
     np.testing.assert_allclose(mean, exact_gradient(beta=0.0) - 0.3 * pull, rtol=1e-4, atol=1e-5)
     # It is neither the other one nor the gradient of the KL of whole completions.
@@ -206,10 +221,9 @@ def test_entropy_bonus_pulls_up_the_entropy_of_each_token():
 
 def test_raft_climbs_the_likelihood_of_the_best_of_a_group():
     mean = mean_update(single("raft", kl="none"))
-    slopes = np.asarray(jax.jacobian(score_all)(TABLE)).reshape(*MASK.shape, -1).sum(1)
     logprobs = jnp.sum(score_all(TABLE), axis=1)[None]
     best = np.exp(exact.best_of_n_logprobs(logprobs, REWARDS[None], GROUP))[0]
-    np.testing.assert_allclose(mean, best @ slopes, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(mean, best @ slopes().sum(1), rtol=1e-4, atol=1e-5)
 
 
 def test_standardised_advantages_of_chances_climb_the_arcsine():

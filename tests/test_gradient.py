@@ -10,21 +10,18 @@ from jax.flatten_util import ravel_pytree
 from oracles import CONFIG, EOS, LENGTH, PROMPT_MASK, PROMPTS, VOCAB
 
 from rl_jax.errors import InputError
-from rl_jax.reinforce.advantages import (
-    group_mean_advantages,
-    leave_one_out_advantages,
-    moving_average_advantages,
-)
+from rl_jax.reinforce.advantages import group_mean_advantages, leave_one_out_advantages
 from rl_jax.reinforce.distributions import kl_estimate
-from rl_jax.reinforce.gradient import reinforce_gradient
-from rl_jax.reinforce.objectives import token_weights
+from rl_jax.reinforce.gradient import Scores, reinforce_gradient, supply
+from rl_jax.reinforce.objectives import ppo_clip_loss, token_weights
 from rl_jax.reinforce.penalties import kl_penalised_rewards
 from rl_jax.rollout import generate
 from rl_jax.run.spmd import make_mesh, pmapped
 from rl_jax.sampling import Sampling, untruncated
 from rl_jax.scoring import Reference, completion_logprobs, completion_states, score_completions
+from rl_jax.types import Rollout
 
-GROUP, BATCHES, COEFFICIENT, BASELINE = 4, 3000, 0.3, 0.7
+GROUP, BATCHES, COEFFICIENT = 4, 3000, 0.3
 PARAMS, REF_PARAMS = oracles.random_params(1), oracles.random_params(2)
 SIZE = ravel_pytree(PARAMS)[0].size
 DIRECTIONS = np.random.default_rng(0).normal(0, SIZE**-0.5, (16, SIZE)).astype(np.float32)
@@ -50,27 +47,26 @@ def exact_gradient(temperature=1.0, top_k=VOCAB):
 
 
 @functools.cache
-def sampled(temperature):
+def sampled(temperature=1.0):
     """Many batches of rollouts, end to end, and their rewards less the penalty. B = BATCHES * N * G."""
-
-    @jax.jit
-    def sample(params, ref_params, prompts, prompt_mask):
-        sampling = make_sampling(temperature=temperature)
-        rollout = generate(params, jax.random.key(0), prompts, prompt_mask, CONFIG, sampling)
-        ref_logprobs = completion_logprobs(ref_params, rollout, CONFIG, sampling)
-        kl = kl_estimate(rollout.behavior_logprobs, ref_logprobs, "k1")
-        return rollout, kl_penalised_rewards(oracles.reward(rollout), kl, rollout.completion_mask, COEFFICIENT)
-
-    return sample(PARAMS, REF_PARAMS, *(np.tile(x, (BATCHES, 1)) for x in (PROMPTS, PROMPT_MASK)))
+    return sample(PARAMS, REF_PARAMS, *(np.tile(x, (BATCHES, 1)) for x in (PROMPTS, PROMPT_MASK)), temperature)
 
 
-@functools.partial(jax.jit, static_argnames=("temperature", "normalize"))
-def ascent(params, rollout, advantages, temperature=1.0, normalize="completion"):
+@jax.jit
+def sample(params, ref_params, prompts, prompt_mask, temperature):
+    sampling = make_sampling(temperature=temperature)
+    rollout = generate(params, jax.random.key(0), prompts, prompt_mask, CONFIG, sampling)
+    kl = kl_estimate(rollout.behavior_logprobs, completion_logprobs(ref_params, rollout, CONFIG, sampling), "k1")
+    return rollout, kl_penalised_rewards(oracles.reward(rollout), kl, rollout.completion_mask, COEFFICIENT)
+
+
+@jax.jit
+def ascent(params, rollout, advantages, temperature=1.0):
     """What each batch's gradient says of the objective's slope in a few directions. [BATCHES, directions]."""
 
     def one(batch):
         score_fn = scorer(make_sampling(temperature=temperature))
-        gradient, _ = reinforce_gradient(params, *batch, score_fn, normalize=normalize)
+        gradient, _ = reinforce_gradient(params, *batch, score_fn, normalize="completion")
         return -jnp.asarray(DIRECTIONS) @ ravel_pytree(gradient)[0]
 
     split = jax.tree.map(lambda x: x.reshape(BATCHES, -1, *x.shape[1:]), (rollout, advantages))
@@ -81,31 +77,15 @@ def p_value(samples, gradient):
     return oracles.mean_p_value(samples, DIRECTIONS @ gradient)
 
 
-def moving_average(rewards, baseline):
-    advantages = jax.vmap(lambda x: moving_average_advantages(x, jnp.float32(baseline), baseline_decay=0.9)[0])
-    return advantages(rewards.reshape(BATCHES, -1)).reshape(-1)
-
-
-ADVANTAGES = {
-    "none": (lambda rewards: rewards, 1),
-    "leave_one_out": (lambda rewards: leave_one_out_advantages(rewards, GROUP), 1),
-    "group_mean": (lambda rewards: group_mean_advantages(rewards, GROUP), (GROUP - 1) / GROUP),
-    "moving_average": (lambda rewards: moving_average(rewards, BASELINE), 1),
-    "first_moving_average": (lambda rewards: moving_average(rewards, np.nan), 1 - 1 / (len(PROMPTS) * GROUP)),
-}
-
-
-@pytest.mark.parametrize("name", ADVANTAGES)
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampled_gradients_have_the_mean_that_enumeration_gives(name, temperature):
-    advantage_fn, scale = ADVANTAGES[name]
-    rollout, rewards = sampled(temperature)
-    slopes = ascent(PARAMS, rollout, advantage_fn(rewards), temperature)
-    assert p_value(slopes, scale * exact_gradient(temperature)) > SURE
-
-
 def leave_one_out(rewards):
     return leave_one_out_advantages(rewards, GROUP)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_gradients_have_the_mean_that_enumeration_gives(temperature):
+    rollout, rewards = sampled(temperature)
+    slopes = ascent(PARAMS, rollout, leave_one_out(rewards), temperature)
+    assert p_value(slopes, exact_gradient(temperature)) > SURE
 
 
 WRONG = {
@@ -114,20 +94,20 @@ WRONG = {
         PARAMS, rollout, group_mean_advantages(rewards, GROUP)
     ),
     "mean over tokens of each sequence": lambda rollout, rewards: ascent(
-        PARAMS, rollout, leave_one_out(rewards), normalize="sequence"
+        PARAMS, rollout, leave_one_out(rewards) / jnp.sum(rollout.completion_mask, axis=1)
     ),
-    "another temperature": lambda rollout, rewards: ascent(PARAMS, rollout, leave_one_out(rewards), temperature=0.7),
+    "another temperature": lambda rollout, rewards: ascent(PARAMS, rollout, leave_one_out(rewards), 0.7),
     "no penalty": lambda rollout, rewards: ascent(PARAMS, rollout, leave_one_out(oracles.reward(rollout))),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_gradients_are_told_apart(name):
-    assert p_value(WRONG[name](*sampled(1.0)), exact_gradient()) < IMPOSSIBLE
+    assert p_value(WRONG[name](*sampled()), exact_gradient()) < IMPOSSIBLE
 
 
 def test_gradient_that_forgets_the_end_token_is_told_apart():
-    rollout, rewards = sampled(1.0)
+    rollout, rewards = sampled()
     mask = rollout.completion_mask & (rollout.completions != EOS)
     forgetful = dataclasses.replace(rollout, completion_mask=mask)
     assert p_value(ascent(PARAMS, forgetful, leave_one_out(rewards)), exact_gradient()) < IMPOSSIBLE
@@ -154,8 +134,7 @@ def test_filtered_gradient_weighed_by_probability_is_exact():
 
 def batch():
     """B = 16 completions of unequal length, one advantage for each token."""
-    rollout, _ = sampled(1.0)
-    rollout = jax.tree.map(lambda x: jnp.asarray(np.asarray(x[:16])), rollout)
+    rollout = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[:16]), sampled()[0])
     lengths = rollout.completion_mask.sum(axis=1).reshape(8, 2).sum(axis=1)
     assert len(set(lengths.tolist())) > 2  # devices differ
     return rollout, jnp.asarray(np.random.default_rng(0).normal(size=(16, LENGTH)), jnp.float32)
@@ -212,26 +191,80 @@ def test_gradient_and_metrics_do_not_depend_on_devices_or_microbatches():
     assert_same(gradient(*arguments), plain_gradient(*arguments))
 
 
-def test_metrics_by_hand():
-    rollout, advantages = batch()
-    mask = np.asarray(rollout.completion_mask)
+# Of a policy without tokens: log-probabilities, values and the context are numbers
 
-    @jax.jit
-    def score(params, ref_params, rollout):
-        reference = Reference(ref_params, completion_states(ref_params, rollout, CONFIG))
-        return score_completions(params, rollout, CONFIG, make_sampling(), reference)
+MASK = jnp.array([[True, True], [True, False], [True, True], [True, False]])
+TOY = {"a": jnp.array([0.3, -0.2]), "b": jnp.array(0.7)}
+FEATURES = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2, 2)), jnp.float32).at[~MASK].set(0)
+TOY_ADVANTAGES = jnp.array([1.0, -2.0, 0.5, 3.0])
+BEHAVIOR = FEATURES @ TOY["a"] + jnp.array([[0.5, -0.1], [0.3, 0.0], [-0.6, 0.2], [0.1, 0.0]])
+EXTRA = jnp.array([[1.0, 2.0], [3.0, jnp.nan], [-1.0, 0.5], [2.0, jnp.nan]])
 
-    logprobs, entropies, kl = (np.asarray(x)[mask] for x in score(PARAMS, REF_PARAMS, rollout))
-    _, metrics = plain_gradient(PARAMS, REF_PARAMS, rollout, advantages)
-    loss = -np.sum(np.asarray(advantages)[mask] * logprobs) / mask.sum()
-    expected = {"loss": loss, "entropy": entropies.mean(), "kl": kl.sum() / 16}
-    assert set(metrics) == {*expected, "logprob_gap"}
+
+def toy_scores(params, rollout, context):
+    """Where masked, entropy and KL are no numbers."""
+    logprobs = context["features"] @ params["a"]
+    hidden = jnp.where(rollout.completion_mask, 0.0, jnp.nan)
+    return Scores(logprobs, entropy=jnp.square(logprobs) + hidden, kl=jnp.abs(logprobs) + hidden)
+
+
+def toy_penalty(scores, context):
+    return context["extra"] * scores.logprobs
+
+
+def toy_gradient(advantages=TOY_ADVANTAGES, **options):
+    zeros = jnp.zeros((4, 2), jnp.int32)
+    rollout = Rollout(zeros, MASK, zeros, MASK, BEHAVIOR, jnp.zeros(4, bool))
+    context = {"features": FEATURES, "extra": EXTRA}
+    return reinforce_gradient(TOY, rollout, advantages, toy_scores, normalize="token", context=context, **options)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_gradient_and_metrics_by_hand(microbatches):
+    clip = functools.partial(ppo_clip_loss, clip_low=0.2, clip_high=0.2)
+    grads, metrics = toy_gradient(loss_fn=clip, penalty_fn=toy_penalty, microbatches=microbatches)
+    features, mask, behavior = (np.asarray(x, np.float64) for x in (FEATURES, MASK, BEHAVIOR))
+    logprobs = features @ np.asarray(TOY["a"], np.float64)
+    ratio, advantages = np.exp(logprobs - behavior), np.asarray(TOY_ADVANTAGES)[:, None]
+    cut = ((advantages > 0) & (ratio > 1.2)) | ((advantages < 0) & (ratio < 0.8))
+    assert 0 < np.sum(cut * mask) < 6
+    extra = np.nan_to_num(np.asarray(EXTRA))
+    slopes = (extra - np.where(cut, 0, ratio) * advantages) * mask / 6
+    np.testing.assert_allclose(grads["a"], np.einsum("bc,bcd->d", slopes, features), rtol=1e-5)
+    assert float(grads["b"]) == 0
+    gains = np.minimum(ratio * advantages, np.clip(ratio, 0.8, 1.2) * advantages)
+    gap = np.abs(logprobs - behavior)
+    whole = np.exp(np.sum(logprobs - behavior, axis=1))
+    expected = {
+        "loss": np.sum((extra * logprobs - gains) * mask) / 6,
+        "entropy": np.sum(logprobs**2 * mask) / 6,
+        "kl": np.sum(np.abs(logprobs) * mask) / 4,
+        "clipped": np.sum(cut * mask) / 6,
+        "logprob_gap": np.sum(gap * mask) / 6,
+        "ratio_min": np.min(ratio[mask > 0]),
+        "ratio_max": np.max(ratio[mask > 0]),
+        "effective_sample_size": np.sum(whole) ** 2 / np.sum(whole**2) / 4,
+    }
+    assert set(metrics) == set(expected)
     for name, value in expected.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
-    assert metrics["logprob_gap"] < 1e-6  # the policy sampled it
-    moved = dataclasses.replace(rollout, behavior_logprobs=rollout.behavior_logprobs + 1)
-    _, metrics = plain_gradient(PARAMS, REF_PARAMS, moved, advantages)
-    np.testing.assert_allclose(metrics["logprob_gap"], 1, rtol=1e-5)
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_the_loss_is_that_of_reinforce_unless_said_and_no_gradient_flows_through_advantages_or_metrics():
+    grads, metrics = toy_gradient()
+    slopes = -np.asarray(TOY_ADVANTAGES)[:, None] * np.asarray(MASK) / 6
+    np.testing.assert_allclose(grads["a"], np.einsum("bc,bcd->d", slopes, FEATURES), rtol=1e-5)
+    assert float(metrics["clipped"]) == 0
+    by_token = toy_gradient(jnp.broadcast_to(TOY_ADVANTAGES[:, None], (4, 2)))
+    assert_same(by_token, (grads, metrics))
+    through = jax.grad(lambda x: sum(map(jnp.sum, jax.tree.leaves(toy_gradient(x)))))(TOY_ADVANTAGES)
+    np.testing.assert_array_equal(through, 0)
+
+
+def test_a_function_is_given_what_it_names():
+    quantities = {"a": 1, "b": 2, "c": 3}
+    assert supply(lambda b, a, d=4: (b, a, d), quantities) == (2, 1, 4)
+    assert supply(functools.partial(lambda a, *, c: (a, c), c=7), {"a": 1}) == (1, 7)
 
 
 def test_bad_shapes_are_refused():

@@ -9,6 +9,7 @@ from enumerable import ALL, BETA, PARAMS, REF, REWARDS, score_all, scores
 
 from rl_jax.learner import apply_gradients, init_state, make_optimizer, policy_gradient_update
 from rl_jax.reinforce.estimators import make_estimator
+from rl_jax.run.spmd import make_mesh, pmapped
 
 RATES = np.array([0.1, 0.05, 0.2, 0.1, 0.1], np.float32)
 OPTIMIZER = make_optimizer(lambda count: jnp.asarray(RATES)[count], weight_decay=0.3, clip_norm=1.0, betas=(0.8, 0.95))
@@ -34,7 +35,7 @@ def assert_bitwise(tree, expected):
 
 
 def test_updates_are_those_of_adamw_by_hand():
-    state = init_state(toy_params(), OPTIMIZER)
+    state = init_state(toy_params(), OPTIMIZER, kl_coefficient=0.25)
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), toy_params())
     first, second = (dict.fromkeys(params, 0.0) for _ in range(2))
     norms = []
@@ -59,7 +60,7 @@ def test_updates_are_those_of_adamw_by_hand():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_update_that_is_not_finite_is_skipped(bad):
-    state, _ = apply(init_state(toy_params(), OPTIMIZER), toy_gradients(0, 1.0))
+    state, _ = apply(init_state(toy_params(), OPTIMIZER, kl_coefficient=0.25), toy_gradients(0, 1.0))
     grads = toy_gradients(1, 1.0)
     broken = grads | {"bias": grads["bias"].at[1].set(bad)}
     skipped, metrics = apply(state, broken)
@@ -77,9 +78,10 @@ def test_update_that_is_not_finite_is_skipped(bad):
 
 
 def test_initial_state():
-    state = init_state(toy_params(), OPTIMIZER)
+    state = init_state(toy_params(), OPTIMIZER, kl_coefficient=0.25)
     assert (int(state.step), int(state.nonfinite)) == (0, 0)
     assert jnp.isnan(state.baseline)
+    assert float(state.kl_coefficient) == 0.25
     assert {x.dtype for x in (state.step, state.nonfinite)} == {jnp.dtype("int32")}
     kept, _ = apply(dataclasses.replace(state, baseline=jnp.float32(3.5)), toy_gradients(0, 1.0))
     assert float(kept.baseline) == 3.5
@@ -95,7 +97,7 @@ SGD = optax.sgd(0.5)
 
 def step(name, state=None, rewards=BATCH_REWARDS, score_fn=None, behavior=None, group_size=2, **options):
     """One step by a named estimator. Learning rate 0.5."""
-    more = {k: options.pop(k) for k in ("key", "microbatches", "greedy_rewards", "measure_noise") if k in options}
+    more = {k: options.pop(k) for k in ("key", "microbatches", "greedy_rewards", "noise_at_once") if k in options}
     rollout = ROLLOUT if behavior is None else dataclasses.replace(ROLLOUT, behavior_logprobs=behavior)
     return policy_gradient_update(
         init_state(PARAMS, SGD, BETA) if state is None else state,
@@ -142,22 +144,48 @@ def by_hand(state, parts, estimator="importance_token", clip=None):
 
 
 def test_epochs_go_over_the_batch_again():
-    state, _ = step("importance_token", epochs=3)
-    assert_close(state.params, by_hand(init_state(PARAMS, SGD), [np.arange(8)] * 3))
+    state, _ = step("importance_token", epochs=3, minibatches=1)
+    assert_close(state.params, by_hand(init_state(PARAMS, SGD, BETA), [np.arange(8)] * 3))
     assert (int(state.step), int(state.nonfinite)) == (1, 0)
 
 
 def test_minibatches_are_shuffled_parts_each_with_an_update():
     key = jax.random.key(5)
-    parts = [jax.random.permutation(k, 8) for k in jax.random.split(key, 2)]
-    parts = [rows for whole in parts for rows in whole.reshape(2, 4)]
+    orders = [np.argsort(np.asarray(jax.random.uniform(k, (4, 2))), axis=1) for k in jax.random.split(key, 2)]
+    parts = [2 * np.arange(4) + order[:, m] for order in orders for m in range(2)]
     assert sorted(np.concatenate(parts[:2]).tolist()) == list(range(8))
+    assert parts[0].tolist() != parts[2].tolist()
     state, _ = step("importance_token", epochs=2, minibatches=2, key=key)
-    assert_close(state.params, by_hand(init_state(PARAMS, SGD), parts))
+    assert_close(state.params, by_hand(init_state(PARAMS, SGD, BETA), parts))
     other, _ = step("importance_token", epochs=2, minibatches=2, key=jax.random.key(6))
     assert jnp.max(jnp.abs(other.params["logits"] - state.params["logits"])) > 1e-4
     with pytest.raises(ValueError, match="need a key"):
         step("importance_token", minibatches=2)
+
+
+def test_minibatches_do_not_depend_on_devices():
+    key = jax.random.key(5)
+    rollout, rewards = jax.tree.map(lambda x: jnp.concatenate([x, x]), (ROLLOUT, BATCH_REWARDS))
+
+    def update(rollout, rewards, key):
+        return policy_gradient_update(
+            init_state(PARAMS, SGD, BETA),
+            rollout,
+            rewards,
+            estimator=make_estimator("ppo", minibatches=2, epochs=2),
+            score_fn=lambda params, rollout, _: scores(params, rollout, REF),
+            optimizer=SGD,
+            group_size=2,
+            ref_logprobs=scores(PARAMS | {"logits": REF}, rollout, REF).logprobs,
+            key=key,
+            microbatches=2,
+            noise_at_once=4,
+        )
+
+    mapped = pmapped(update, make_mesh(jax.devices()[:4]), (0, 0, None), None)
+    assert_close(mapped(rollout, rewards, key), jax.jit(update)(rollout, rewards, key))
+    # Nothing but sums crosses devices: no part of the batch is gathered.
+    assert "all-gather" not in mapped.lower(rollout, rewards, key).compile().as_text()
 
 
 def test_metrics_of_several_updates():
@@ -229,7 +257,7 @@ def test_a_critic_that_is_not_there_is_missed():
 
 def test_coefficient_is_steered_to_the_target():
     _, metrics = step("rloo")
-    kl = float(metrics["kl"])
+    kl = float(metrics["kl_k1"])  # what was sampled cost, and not what later updates add
     state, metrics = step("rloo", kl_target=kl / 1.1, kl_horizon=80.0)
     np.testing.assert_allclose(state.kl_coefficient, BETA * (1 + 0.1 * 8 / 80), rtol=1e-5)
     np.testing.assert_allclose(metrics["kl_coefficient"], BETA, rtol=1e-6)
@@ -247,9 +275,12 @@ def test_rewards_are_shaped_before_they_are_charged():
     np.testing.assert_allclose(moved("rloo", reward_clip=1.0), clipped, rtol=1e-5, atol=1e-7)
     white = (BATCH_REWARDS - jnp.mean(BATCH_REWARDS)) / jnp.std(BATCH_REWARDS)
     np.testing.assert_allclose(moved("rloo", whiten_rewards=True), moved("rloo", rewards=white), rtol=1e-4, atol=1e-6)
-    lengths = jnp.sum(ROLLOUT.completion_mask, axis=1)
+    long = 1.0 * (jnp.sum(ROLLOUT.completion_mask, axis=1) == 2)
     np.testing.assert_allclose(
-        moved("rloo", overlong_share=0.5), moved("rloo", rewards=BATCH_REWARDS - (lengths == 2)), rtol=1e-5, atol=1e-7
+        moved("rloo", overlong_share=0.5, reward_scale=2.0, reward_clip=3.0),
+        moved("rloo", rewards=jnp.minimum(2 * BATCH_REWARDS, 3.0) - long),
+        rtol=1e-5,
+        atol=1e-7,
     )
     assert float(step("rloo", reward_scale=2.0)[1]["reward"]) == pytest.approx(float(jnp.mean(BATCH_REWARDS)))
 
@@ -287,7 +318,8 @@ def test_noise_is_that_of_the_groups(normalize):
     gradients = np.stack([gradient(np.array([i, i + 1])) for i in range(0, 8, 2)])
     variance = np.trace(np.cov(gradients.T))
     signal = np.sum(gradients.mean(0) ** 2) - variance / 4
-    _, metrics = step("rloo", normalize=normalize, measure_noise=True)
-    np.testing.assert_allclose(metrics["grad_variance"], variance, rtol=1e-4)
+    unit = 8 / float(jnp.sum(ROLLOUT.completion_mask)) if normalize == "token" else 1
+    _, metrics = step("rloo", normalize=normalize, noise_at_once=2)
+    np.testing.assert_allclose(metrics["grad_variance"], unit**2 * variance, rtol=1e-4)
     np.testing.assert_allclose(metrics["grad_snr"], signal / variance * 4, rtol=1e-3)
     assert "grad_variance" not in step("rloo")[1]

@@ -34,14 +34,22 @@ def test_weights_by_hand(normalize, long, short):
     np.testing.assert_allclose(weights, [[long] * 4, [short, 0, 0, 0]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("normalize", ["token", "sequence", "completion"])
+def test_weight_of_a_single_token_is_one(normalize):
+    np.testing.assert_array_equal(token_weights(jnp.array([[True, False]]), normalize), [[1, 0]])
+
+
 @pytest.mark.parametrize("normalize", ["token", "sequence", "completion", "constant"])
 def test_weights_of_nothing_are_zero(normalize):
     np.testing.assert_array_equal(token_weights(jnp.zeros((2, 3), bool), normalize), 0)
 
 
-def test_unknown_normalisation_is_refused():
-    with pytest.raises(ValueError, match="not 'batch'"):
-        token_weights(MASK, "batch")
+@pytest.mark.parametrize("normalize", ["", "batch", "zero"])
+def test_unknown_normalisation_is_refused(normalize):
+    with pytest.raises(ValueError, match=f"not '{normalize}'"):
+        token_weights(MASK, normalize)
+    with pytest.raises(AssertionError):
+        token_weights(MASK[0], "completion")
 
 
 def of_ratios(loss_fn, advantages=BY_TOKEN, hidden=0.0, **options):
@@ -110,6 +118,14 @@ def test_dual_clip_by_hand(hidden):
     np.testing.assert_allclose(loose[1], plain[1], rtol=1e-6)
 
 
+def test_dual_clip_bounds_tokens_that_are_hardly_bad_and_none_without_advantage():
+    small = of_ratios(dual_clip_loss, 0.1 * BY_TOKEN, clip_low=0.2, clip_high=0.4, dual_clip=1.05)
+    terms, slopes = [[-0.2 * 1.4, 0.08, 0.2 * 1.05, -0.1], [0.3 * 1.05]], [[0, 0, 0, -0.1], [0]]
+    assert_loss(small, terms, slopes, [[True, True, True, False], [True]])
+    none = of_ratios(dual_clip_loss, jnp.zeros(2), clip_low=0.2, clip_high=0.4, dual_clip=1.5)
+    assert_loss(none, [[0] * 4, [0]], [[0] * 4, [0]], NEVER)
+
+
 def test_dual_clip_does_not_bound_good_tokens():
     wide = {"clip_low": 0.2, "clip_high": 9.0}
     measured = of_ratios(dual_clip_loss, jnp.array([1.0, 1.0]), **wide, dual_clip=1.5)
@@ -125,6 +141,8 @@ def test_sequence_clip_by_hand(hidden):
     assert_loss(measured, terms, slopes, NEVER)
     tight = of_ratios(sequence_clip_loss, ADVANTAGES, hidden, clip_low=0.2, clip_high=0.01)
     assert_loss(tight, [[-2 * 1.01] * 4, [12]], [[0] * 4, [12]], [[True] * 4, [False]])
+    good = of_ratios(sequence_clip_loss, jnp.array([2.0, 3.0]), hidden, clip_low=0.2, clip_high=0.4)
+    assert good[2] == [[False] * 4, [True, False, False, False]]  # no masked token, whatever the completion's ratio
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
@@ -135,6 +153,14 @@ def test_token_importance_by_hand(hidden):
     slopes = [[-2 * 1.5, 0.5, 2 * 1.1, -1], [3 * 1.5]]
     assert_loss(measured, terms, slopes, [[True, False, False, False], [True]])
     assert of_ratios(token_importance_loss, hidden=hidden, ratio_cap=np.inf)[2] == [[False] * 4] * 2
+    low = of_ratios(token_importance_loss, hidden=hidden, ratio_cap=0.75)
+    assert low[2] == [[True, False, True, True], [True, False, False, False]]  # no masked token, its ratio being none
+
+
+@pytest.mark.parametrize("loss_fn", [token_importance_loss, sequence_importance_loss])
+def test_a_ratio_at_the_cap_is_not_clipped(loss_fn):
+    _, clipped = loss_fn(LOGPROBS, LOGPROBS, ADVANTAGES, WEIGHTS, ratio_cap=1.0)
+    assert not jnp.any(clipped)
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
@@ -180,6 +206,7 @@ def test_no_gradient_flows_through_advantages(loss_fn):
 def test_shapes_that_would_broadcast_are_refused(loss_fn):
     for logprobs, advantages, weights in [
         (LOGPROBS[:1], jnp.ones(2), WEIGHTS),
+        (LOGPROBS[:1], jnp.ones(1), WEIGHTS),
         (LOGPROBS, jnp.ones(1), WEIGHTS),
         (LOGPROBS, jnp.ones((2, 1)), WEIGHTS),
         (LOGPROBS[0], jnp.ones(4), WEIGHTS[0]),
@@ -193,14 +220,15 @@ def test_shapes_that_would_broadcast_are_refused(loss_fn):
 
 
 def test_value_errors_by_hand():
-    old, targets = jnp.array([[0.0, 0.0, 0.0, 0.0]]), jnp.array([[3.0, 3.0, -3.0, 0.1]])
-    values = jnp.array([[1.0, -1.0, 1.0, 0.15]])
-    errors = value_errors(values, old, targets, value_clip=0.2)
-    np.testing.assert_allclose(errors, [[2.8**2 / 2, 16 / 2, 16 / 2, 0.05**2 / 2]], rtol=1e-5)
+    old = jnp.full((1, 5), 2.0)
+    targets = old + jnp.array([[3.0, 3.0, -3.0, -3.0, 0.1]])
+    values = old + jnp.array([[1.0, -1.0, 1.0, -1.0, 0.15]])
+    errors = value_errors(values=values, old_values=old, targets=targets, value_clip=0.2)
+    np.testing.assert_allclose(errors, [[2.8**2 / 2, 16 / 2, 16 / 2, 2.8**2 / 2, 0.05**2 / 2]], rtol=1e-5)
     slopes = jax.grad(lambda x: jnp.sum(value_errors(x, old, targets, value_clip=0.2)))(values)
-    np.testing.assert_allclose(slopes, [[0, -4, 4, 0.05]], rtol=1e-5)  # what came near enough is left alone
+    np.testing.assert_allclose(slopes, [[0, -4, 4, 0, 0.05]], rtol=1e-5)  # what came near enough is left alone
     unclipped = value_errors(values, old, targets, value_clip=np.inf)
-    np.testing.assert_allclose(unclipped, [[2, 8, 8, 0.05**2 / 2]], rtol=1e-5)
-    for wrong in (old[0], old[:, :2]):
+    np.testing.assert_allclose(unclipped, [[2, 8, 8, 2, 0.05**2 / 2]], rtol=1e-5)
+    for wrong in ((values, old[0], targets), (values, old[:, :2], targets), (values[0], old[0], targets[0])):
         with pytest.raises(AssertionError):
-            value_errors(values, wrong, targets, value_clip=0.2)
+            value_errors(*wrong, value_clip=0.2)

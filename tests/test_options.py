@@ -26,6 +26,20 @@ def test_description_says_the_values_that_hold():
     assert "ratio_cap" not in about
 
 
+def test_description_says_where_the_row_was_changed():
+    assert "gradient of" in describe_estimator("ppo", EstimatorOptions(), group_size=1)
+    changed = describe_estimator("rloo", EstimatorOptions(kl="k3_loss"), group_size=2)
+    assert "gradient of" not in changed and "gradient of (before these options)" in changed
+
+
+@pytest.mark.parametrize(("name", "option"), [("grpo", "clip_high"), ("dr_grpo", "clip_low"), ("cispo", "ratio_cap")])
+def test_limits_of_ratios_are_refused_where_every_ratio_is_one(name, option):
+    passes = {"minibatches": 1} if name == "cispo" else {}
+    with pytest.raises(InputError, match=f"{option} has no effect for {name} with one update a batch"):
+        chosen_estimator(name, EstimatorOptions(**passes, **{option: 0.3}), group_size=2)
+    assert chosen_estimator(name, EstimatorOptions(epochs=2, **{option: 0.3}), group_size=2).options[option] == 0.3
+
+
 def test_values_that_are_false_are_given():
     chosen = chosen_estimator("ppo", EstimatorOptions(whiten_advantages=False, kl_coefficient=0.0), group_size=1)
     assert (chosen.whiten_advantages, chosen.kl_coefficient) == (False, 0.0)

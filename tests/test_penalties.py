@@ -30,7 +30,7 @@ def test_token_rewards_by_hand():
 
 def test_shaping_scales_then_clips_then_whitens():
     rewards = jnp.array([1.0, -3.0, 5.0, 0.5])
-    plain = shape_rewards(rewards, scale=1.0, clip=np.inf, whiten=False)
+    plain = shape_rewards(rewards=rewards, scale=1.0, clip=np.inf, whiten=False)
     np.testing.assert_array_equal(plain, rewards)
     clipped = shape_rewards(rewards, scale=2.0, clip=4.0, whiten=False)
     np.testing.assert_array_equal(clipped, [2, -4, 4, 1])
@@ -66,7 +66,7 @@ def test_kl_terms_by_hand():
 def test_coefficient_follows_the_error_up_to_a_fifth():
     settings = {"target": 6.0, "horizon": 1000.0, "completions": 50}
     for kl, change in ((6.0, 0), (6.6, 0.1), (60.0, 0.2), (5.4, -0.1), (0.0, -0.2)):
-        coefficient = adaptive_kl_coefficient(jnp.float32(0.3), jnp.float32(kl), **settings)
+        coefficient = adaptive_kl_coefficient(coefficient=jnp.float32(0.3), kl=jnp.float32(kl), **settings)
         np.testing.assert_allclose(coefficient, 0.3 * (1 + change * 50 / 1000), rtol=1e-5)
     for kl in (jnp.nan, jnp.inf, -jnp.inf):
         assert float(adaptive_kl_coefficient(jnp.float32(0.3), jnp.float32(kl), **settings)) == pytest.approx(0.3)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from experiments.recipes import policy_gradient_theorem as recipe
-from experiments.recipes.enumerable import expected_returns, make_problem, objective, reward
+from experiments.recipes.enumerable import expected_returns, make_problem, objective, reward, score_fn
 from rl_jax.errors import InputError
+from rl_jax.models.tabular import tabular_logits
 
 VOCAB, LENGTH, EOS, BETA = 3, 2, 0, 0.3
-PROBLEM = jax.jit(make_problem, static_argnums=(1, 2))(jax.random.key(3), VOCAB, LENGTH, BETA, 0.5, 0.0)
+PROBLEM = jax.jit(make_problem, static_argnums=(1, 2))(jax.random.key(0), VOCAB, LENGTH, BETA, 0.5, 0.0)
 NODES = {(): 0, (0,): 1, (1,): 2, (2,): 3}
 PROMPTS = (0, 1)
 
@@ -86,17 +87,33 @@ def test_critic_without_an_error_knows_the_returns():
     for prompt, prefix in itertools.product(PROMPTS, ((), (1,), (2,))):
         found = PROBLEM.params["values"][prompt, NODES[prefix]]
         np.testing.assert_allclose(found, value(prompt, prefix), rtol=1e-5)
-    wrong = jax.jit(make_problem, static_argnums=(1, 2))(jax.random.key(3), VOCAB, LENGTH, BETA, 0.5, 0.3)
+    wrong = jax.jit(make_problem, static_argnums=(1, 2))(jax.random.key(0), VOCAB, LENGTH, BETA, 0.5, 0.3)
     error = wrong.params["values"] - expected_returns(PROBLEM, BETA)
     assert 0.1 < float(jnp.std(error)) < 0.6
 
 
 def test_greedy_rewards_are_those_of_the_likeliest_tokens():
+    lengths = set()
     for prompt in PROMPTS:
         y = ()
         while len(y) < LENGTH and EOS not in y:
             y += (int(table("policy")[prompt, NODES[y]].argmax()),)
         assert float(PROBLEM.greedy_rewards[prompt]) == earned(prompt, y)
+        lengths.add(len(y))
+    assert lengths == {1, 2}  # what follows the end may not matter
+
+
+def test_scores_are_those_of_loops():
+    rollout = PROBLEM.completions
+    scores = score_fn(PROBLEM.params, rollout, tabular_logits(PROBLEM.ref_table, rollout))
+    logits, ref = table("policy"), table("ref_table")
+    for b, (prompt, y) in enumerate(itertools.product(PROMPTS, completions())):
+        for c in range(len(y)):
+            rows = [[token_logprob(x, prompt, y[:c], token) for token in range(VOCAB)] for x in (logits, ref)]
+            every = np.array(rows)
+            expected = every[0, y[c]], -np.exp(every[0]) @ every[0], np.exp(every[0]) @ (every[0] - every[1])
+            np.testing.assert_allclose([x[b, c] for x in scores[:3]], expected, rtol=1e-4)
+            assert scores.values[b, c] == PROBLEM.params["values"][prompt, NODES[y[:c]]]
 
 
 def test_bias_by_hand():
@@ -119,6 +136,11 @@ def test_errors_are_of_means_of_disjoint_runs_and_fall_with_the_root_unless_bias
         gradient = np.full(40, 1.0)
         measured = recipe.error_slope(*recipe.errors(noise + gradient + offset, gradient))
         assert measured == pytest.approx(slope, abs=0.03)
+
+
+def test_error_slope_is_that_of_the_last_hundredfold():
+    counts = 2 ** np.arange(15)
+    assert recipe.error_slope(counts, np.where(counts < 164, 9.0, counts**-0.25)) == pytest.approx(-0.25)
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +209,7 @@ def test_recipe_writes_figures_settings_and_the_table(results):
         ({"estimators": ("rloo", "sarsa")}, "No estimator is named 'sarsa'"),
         ({"estimators": ()}, "at least one estimator"),
         ({"samples": 1000}, "samples is 1000; it must be a multiple of 4096"),
+        ({"samples": 4097}, "samples is 4097; it must be a multiple of 4096"),
         ({"vocab_size": 1}, "Two tokens"),
         ({"group_sizes": (4, 1)}, "Two tokens"),
         ({"group_size": 5}, "15 completions make 759375 groups of 5"),

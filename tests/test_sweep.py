@@ -65,12 +65,11 @@ def assert_same(tree, expected):
         np.testing.assert_allclose(array, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("row", [0, 4])
-def test_row_is_the_run_alone(row):
+def test_row_is_the_run_alone():
     """And alone its settings are plain numbers, not traced ones."""
-    alone = {name: values[row].item() for name, values in SETTINGS.items()}
+    alone = {name: values[2].item() for name, values in SETTINGS.items()}
     expected = jax.jit(functools.partial(run, alone))(REF_PARAMS, PROMPTS, PROMPT_MASK)
-    assert_same(jax.tree.map(lambda x: x[row], swept(1)), expected)
+    assert_same(jax.tree.map(lambda x: x[2], swept(1)), expected)
 
 
 def test_rows_do_not_depend_on_devices():

@@ -38,7 +38,7 @@ def enumerated():
 
 
 def test_graphs_lead_to_the_goal_by_the_distances_they_tell():
-    graph = tasks.random_graph(1, nodes=21, degree=2, length=8)
+    graph = tasks.random_graph(0, nodes=21, degree=2, length=8)
     edges, distances = graph.edges.astype(int), graph.distances
     reached = [np.linalg.matrix_power(edges, steps)[:, 0] > 0 for steps in range(9)]
     assert [int(np.argmax(node)) for node in np.array(reached).T] == distances.tolist()
@@ -126,7 +126,12 @@ def test_bandit_is_evaluated_by_its_table():
     divergence = (probabilities * np.log(probabilities / ref)).sum(axis=1).mean()
     np.testing.assert_allclose(got["kl"], divergence, rtol=1e-4)
     assert BANDIT.best_reward == pytest.approx(rewards.max(axis=1).mean())
-    assert np.std(rewards, axis=1).min() > 0.3 and np.std(rewards.mean(axis=1)) > 0.1
+
+
+def test_rewards_of_the_bandit_differ_between_contexts_as_within_them():
+    every = exact.enumerated_rollout(np.arange(60)[:, None], np.ones((60, 1), bool), 50, 1, ())
+    rewards = np.asarray(bandit_task(1, contexts=60, arms=50).reward(every)).reshape(60, 50)
+    assert 0.7 < np.std(rewards.mean(axis=1)) < 1.3 and 0.9 < np.std(rewards, axis=1).mean() < 1.1
 
 
 def test_optimum_of_the_bandit_is_reached_by_the_tilted_reference():

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.recipes.tasks import Task, bandit_task, pretrain_walker, random_graph, walks_task
+from experiments.recipes.tasks import Task, bandit_task, random_graph, walks_task
 from rl_jax.errors import InputError
 from rl_jax.evaluation import Estimate, mean_interval
 from rl_jax.keys import Purpose, step_key
@@ -22,7 +21,7 @@ from rl_jax.learner import init_state, policy_gradient_update
 from rl_jax.models.transformer import llama
 from rl_jax.reinforce.composition import Estimator
 from rl_jax.reinforce.estimators import make_estimator
-from rl_jax.run.figures import GREY, PALETTE, draw_band, draw_limit, open_figure
+from rl_jax.run.figures import PALETTE, draw_band, open_figure
 from rl_jax.run.loop import run_main
 from rl_jax.run.progress import show_progress
 from rl_jax.run.spmd import make_mesh
@@ -39,6 +38,7 @@ PUBLISHED = {  # Ahmadian 2024, table 1: win rates in per cent on TL;DR, from se
     "REINFORCE": 70.4,
     "PPO": 67.6,
 }
+RIVAL = "RLOO k=4"  # which the others are compared with, seed by seed
 
 
 class Contender(NamedTuple):
@@ -72,7 +72,7 @@ class Config:
     kl_coefficient: float = 0.05
     """Price of a nat of divergence from the reference policy, in reward units."""
     seeds: int = 10
-    """Runs that an estimator is judged by."""
+    """Runs that an estimator is judged by, each with a graph or a bandit of its own."""
     selection_seeds: int = 5
     """Other runs, which its learning rate is chosen by."""
     walk_rates: tuple[float, ...] = (0.0001, 0.0003, 0.001, 0.003, 0.01)
@@ -83,18 +83,16 @@ class Config:
     """Nodes of the graph."""
     degree: float = 2.0
     """Edges from a node, on average."""
-    length: int = 8
+    length: int = 7
     """Most steps of a walk."""
     width: int = 32
     """Width of the Transformer that walks."""
-    pretraining_updates: int = 600
+    pretraining_updates: int = 300
     """Updates by maximum likelihood that make the reference policy."""
     contexts: int = 16
     """Contexts of the bandit."""
     arms: int = 16
     """Arms of the bandit."""
-    seed: int = 1
-    """Seed of the tasks; runs have seeds of their own, from 0."""
     only: tuple[str, ...] = ()
     """Names of those to compare, such as "RLOO k=4"; without any, all."""
     results: Path = Path("results/compare_estimators")
@@ -130,31 +128,31 @@ def contenders(config: Config) -> list[Contender]:
 
 
 def make_tasks(config: Config) -> Iterator[tuple[str, Task, tuple[float, ...]]]:
-    """Each task with its name and the learning rates tried on it."""
-    graph = random_graph(config.seed, config.nodes, config.degree, config.length)
-    context = config.length + 1
-    model = llama(config.nodes, context, layers=1, width=config.width, heads=2, mlp_width=2 * config.width)
-    ref_params = pretrain_walker(graph, model, config.length, config.pretraining_updates, batch=128, seed=config.seed)
-    yield "walks", walks_task(graph, ref_params, model, config.length), config.walk_rates
-    yield "bandit", bandit_task(config.seed, config.contexts, config.arms), config.bandit_rates
+    """Each task with its name and the learning rates tried on it; a run has the problem of its seed."""
+    problems, length = config.seeds + config.selection_seeds, config.length
+    graphs = [random_graph(seed, config.nodes, config.degree, length) for seed in range(problems)]
+    model = llama(config.nodes, length + 1, layers=1, width=config.width, heads=2, mlp_width=2 * config.width)
+    yield "walks", walks_task(graphs, model, length, updates=config.pretraining_updates), config.walk_rates
+    yield "bandit", bandit_task(problems, config.contexts, config.arms), config.bandit_rates
 
 
 def make_run(config: Config, task: Task, contender: Contender) -> Callable[..., tuple[PyTree, Metrics]]:
-    """A run of an estimator, whole: its learning rate and seed, ref_params -> the policy's parameters, metrics [U]."""
+    """A run of an estimator, whole: its setting and its problem -> the policy's parameters, and metrics [U]."""
     estimator, group_size = contender.estimator, contender.group_size
 
-    def run(setting: dict[str, Array], ref_params: PyTree) -> tuple[PyTree, Metrics]:
+    def run(given: tuple[dict[str, Array], Any]) -> tuple[PyTree, Metrics]:
+        setting, problem = given
         optimizer = optax.flatten(optax.adam(setting["learning_rate"]))
-        score_fn = task.make_score_fn(ref_params)
+        score_fn = task.make_score_fn(problem)
 
         def update(state: TrainState, step: Array) -> tuple[TrainState, Metrics]:
             key = step_key(setting["seed"], Purpose.SAMPLE, step)
-            rollout = task.sample(state.params, key, config.batch // group_size, group_size)
-            ref_logprobs, context = task.reference(ref_params, rollout)
+            rollout = task.sample(state.params, problem, key, config.batch // group_size, group_size)
+            ref_logprobs, context = task.reference(problem, rollout)
             state, metrics = policy_gradient_update(
                 state,
                 rollout,
-                task.reward(rollout),
+                task.reward(problem, rollout),
                 estimator=estimator,
                 score_fn=score_fn,
                 optimizer=optimizer,
@@ -164,80 +162,111 @@ def make_run(config: Config, task: Task, contender: Contender) -> Callable[..., 
             )
             return state, {name: metrics[name] for name in ("reward", "kl_k1")}
 
-        state = init_state(ref_params, optimizer, config.kl_coefficient)
+        state = init_state(problem.ref_params, optimizer, config.kl_coefficient)
         state, metrics = scan_updates(update, state, config.completions // config.batch)
         return state.params, metrics
 
     return run
 
 
+class Field(NamedTuple):
+    """The runs of an estimator on a task, and how far each may get. R = rates * all seeds, the seeds consecutive.
+
+    Attributes:
+        rates: the learning rates tried.
+        grid: "learning_rate" and "seed" of each run. [R].
+        problems: of each run. [R, ...].
+        start: the objective of the reference policy, whose KL is 0. [R].
+        best: the highest objective there is. [R].
+        evaluate: parameters, problems and keys [R, ...] -> "reward" and "kl" [R].
+    """
+
+    rates: tuple[float, ...]
+    grid: dict[str, np.ndarray]
+    problems: Any
+    start: np.ndarray
+    best: np.ndarray
+    evaluate: Callable[..., Metrics]
+
+
+def make_field(config: Config, task: Task, rates: tuple[float, ...]) -> Field:
+    """The runs that every estimator is given on a task."""
+    grid = product_grid(learning_rate=rates, seed=range(config.seeds + config.selection_seeds))
+    problems = jax.tree.map(lambda x: x[grid["seed"]], jax.device_get(task.problems))
+    evaluate = make_sweep(lambda end: task.evaluate(*end), make_mesh())
+    best = make_sweep(lambda problem: task.best(problem, config.kl_coefficient), make_mesh())(task.problems)
+    start = evaluate((problems.ref_params, problems, run_keys(grid)))["reward"]
+    return Field(rates, grid, problems, np.asarray(start), np.asarray(best)[grid["seed"]], evaluate)
+
+
+def run_keys(grid: dict[str, np.ndarray]) -> Array:
+    """What each run's end is evaluated with. [R]."""
+    return jax.vmap(lambda seed: step_key(seed, Purpose.EVALUATE))(grid["seed"])
+
+
 class Result(NamedTuple):
-    """What an estimator did on a task. The objective is reward - kl_coefficient * KL, in nats a completion.
+    """What an estimator did on a task, at the learning rate that its selection seeds preferred, by the other seeds.
+
+    "Way" is how far the objective, reward - kl_coefficient * KL in nats a completion, has come from the reference
+    policy's to the highest there is, per cent.
 
     Attributes:
         contender: the estimator.
-        rate: the learning rate that its selection seeds preferred.
-        reward: of the other seeds' policies at the end, at that rate. [seeds].
+        rate: the learning rate.
+        reward: of the policies at the end. [seeds].
         kl: of the same. [seeds].
-        objective: of the same. [seeds].
-        curve: the objective of what they sampled on the way. [seeds, points].
-        by_rate: the objective at the end, at every rate. [rates, seeds].
+        way: of the same. [seeds].
+        curve: the way of what was sampled in the course. [seeds, points].
+        by_rate: the way at the end, at every rate. [rates, seeds].
     """
 
     contender: Contender
     rate: float
     reward: np.ndarray
     kl: np.ndarray
-    objective: np.ndarray
+    way: np.ndarray
     curve: np.ndarray
     by_rate: np.ndarray
 
 
-def run_contender(
-    config: Config, task: Task, contender: Contender, rates: tuple[float, ...], evaluate: Callable[..., Metrics]
-) -> Result:
+def run_contender(config: Config, task: Task, contender: Contender, field: Field) -> Result:
     """Every run of an estimator, at every rate and seed, in one program, and what came out at its best rate."""
-    grid = product_grid(learning_rate=rates, seed=range(config.seeds + config.selection_seeds))
-    params, metrics = make_sweep(make_run(config, task, contender), make_mesh())(grid, task.ref_params)
-    keys = jax.vmap(lambda seed: step_key(seed, Purpose.EVALUATE))(grid["seed"])
-    ends, metrics = jax.device_get((evaluate((params, keys), task.ref_params), metrics))
-    return judge(config, contender, rates, ends, metrics)
+    params, metrics = make_sweep(make_run(config, task, contender), make_mesh())((field.grid, field.problems))
+    ends = field.evaluate((params, field.problems, run_keys(field.grid)))
+    return judge(config, contender, field, *jax.device_get((ends, metrics)))
 
 
 def judge(
-    config: Config,
-    contender: Contender,
-    rates: tuple[float, ...],
-    ends: dict[str, np.ndarray],
-    metrics: dict[str, np.ndarray],
+    config: Config, contender: Contender, field: Field, ends: dict[str, np.ndarray], metrics: dict[str, np.ndarray]
 ) -> Result:
-    """The runs at the best rate: that of the highest mean objective at the end over the selection seeds, the last ones.
+    """The runs at the rate with the highest mean way at the end over the selection seeds, which are the last ones.
 
     Args:
         config: of the comparison.
         contender: whose runs they are.
-        rates: the learning rates tried.
-        ends: reward and kl of the policies at the end. [rates * all seeds], the seeds consecutive.
-        metrics: reward and kl_k1 of every update. [rates * all seeds, U].
+        field: the runs.
+        ends: reward and kl of the policies at the end. [R].
+        metrics: reward and kl_k1 of every update. [R, U].
 
     Returns:
         The result over the first `seeds` seeds, which the choice has not seen.
     """
-    ends = {name: values.reshape(len(rates), -1) for name, values in ends.items()}
-    objective = ends["reward"] - config.kl_coefficient * ends["kl"]
+    rates, judged = len(field.rates), slice(config.seeds)
     sampled = metrics["reward"] - config.kl_coefficient * metrics["kl_k1"]
-    curve = sampled.reshape(*objective.shape, config.points, -1).mean(axis=-1)
-    preferred = objective[:, config.seeds :].mean(axis=1)
+    curve = sampled.reshape(len(sampled), config.points, -1).mean(axis=-1)
+    objective = ends["reward"] - config.kl_coefficient * ends["kl"]
+    ways = 100 * (np.column_stack([curve, objective]) - field.start[:, None]) / (field.best - field.start)[:, None]
+    ways = ways.reshape(rates, -1, config.points + 1)
+    preferred = ways[:, config.seeds :, -1].mean(axis=1)
     best = int(np.argmax(np.nan_to_num(preferred, nan=-np.inf)))
-    judged = slice(config.seeds)
     return Result(
         contender,
-        rate=rates[best],
-        reward=ends["reward"][best, judged],
-        kl=ends["kl"][best, judged],
-        objective=objective[best, judged],
-        curve=curve[best, judged],
-        by_rate=objective[:, judged],
+        rate=field.rates[best],
+        reward=ends["reward"].reshape(rates, -1)[best, judged],
+        kl=ends["kl"].reshape(rates, -1)[best, judged],
+        way=ways[best, judged, -1],
+        curve=ways[best, judged, :-1],
+        by_rate=ways[:, judged, -1],
     )
 
 
@@ -246,21 +275,22 @@ def seeds_interval(values: np.ndarray) -> Estimate:
     return mean_interval(values[:, None])
 
 
-def table_rows(name: str, results: list[Result], start: float, best: float) -> list[dict[str, Any]]:
-    """The table of a task, the best first; intervals are 95 % over seeds."""
-    return [
-        {
+def table_rows(name: str, results: list[Result]) -> list[dict[str, Any]]:
+    """The table of a task, the best first; intervals are 95 % over seeds, of differences between the same seeds."""
+    rivals = [result.way for result in results if result.contender.label == RIVAL]
+    rows = []
+    for result in sorted(results, key=lambda result: -result.way.mean()):
+        row = {
             "task": name,
             "estimator": result.contender.label,
             "learning rate": result.rate,
             "reward": seeds_interval(result.reward),
             "KL, nats": seeds_interval(result.kl),
-            "objective": seeds_interval(result.objective),
-            "of the way to the optimum, %": seeds_interval(100 * (result.objective - start) / (best - start)),
-            "published win rate, %": PUBLISHED.get(result.contender.label),
+            "way to the optimum, %": seeds_interval(result.way),
         }
-        for result in sorted(results, key=lambda result: -result.objective.mean())
-    ]
+        row |= {f"less {RIVAL}": seeds_interval(result.way - way) for way in rivals if way is not result.way}
+        rows.append(row | {"published win rate, %": PUBLISHED.get(result.contender.label)})
+    return rows
 
 
 def main(config: Config) -> None:
@@ -268,22 +298,17 @@ def main(config: Config) -> None:
     compared = contenders(config)
     began = time.perf_counter()
     folder = open_results(config.results)
-    rows, about = [], {}
+    rows = []
     for name, task, rates in make_tasks(config):
-        evaluate = make_sweep(lambda run, ref_params, task=task: task.evaluate(run[0], ref_params, run[1]), make_mesh())
-        reference = jax.tree.map(lambda x: jnp.stack([x]), (task.ref_params, jax.random.key(0)))
-        start = float(evaluate(reference, task.ref_params)["reward"][0])
-        best = task.best_objective(config.kl_coefficient)
+        field = make_field(config, task, rates)
         results = []
         with show_progress(name, 0, len(compared)) as progress:
             for contender in compared:
-                results.append(run_contender(config, task, contender, rates, evaluate))
+                results.append(run_contender(config, task, contender, field))
                 progress.show(len(results), {"seconds": time.perf_counter() - began})
-        rows += table_rows(name, results, start, best)
-        about[name] = {"reference reward": start, "best objective": best, "best reward": task.best_reward}
-        draw(folder / f"{name}.png", config, results, rates, start, best)
-    settings = dataclasses.asdict(config) | {"tasks": about, "seconds": time.perf_counter() - began}
-    write_table(folder, rows, settings)
+        rows += table_rows(name, results)
+        draw(folder / f"{name}.png", config, results, rates)
+    write_table(folder, rows, dataclasses.asdict(config) | {"seconds": time.perf_counter() - began})
 
 
 def check(config: Config) -> None:
@@ -299,31 +324,26 @@ def check(config: Config) -> None:
         raise InputError(f"kl_coefficient is {config.kl_coefficient}; the optimum is known where it is above 0.")
 
 
-def draw(
-    path: Path, config: Config, results: list[Result], rates: tuple[float, ...], start: float, best: float
-) -> None:
-    """The objective over completions, at the end, and at the end by learning rate; bands are 95 % over seeds."""
-    titles = ["Objective of what is sampled", "Objective at the end", "At the end, by learning rate"]
+def draw(path: Path, config: Config, results: list[Result], rates: tuple[float, ...]) -> None:
+    """The way to the optimum over completions, at the end, and at the end by rate; bands are 95 % over seeds."""
+    titles = ["In the course", "At the end", "At the end, by learning rate"]
     with open_figure(path, titles, width=4.4, height=3.8) as (learning, ranking, sensitivity):
         completions = config.completions * (np.arange(config.points) + 0.5) / config.points
-        ranked = sorted(results, key=lambda result: result.objective.mean())
+        ranked = sorted(results, key=lambda result: result.way.mean())
         for place, result in enumerate(ranked):
             _, _, _, colour, dashed = result.contender
             draw_band(learning, completions, intervals(result.curve), result.contender.label, colour, dashed)
             draw_band(sensitivity, np.array(rates), intervals(result.by_rate.T), result.contender.label, colour, dashed)
-            value, low, high = seeds_interval(result.objective)
+            value, low, high = seeds_interval(result.way)
             ranking.plot([low, high], [place, place], color=colour, linewidth=1.6)
             ranking.plot(value, place, "o", color=colour, markersize=6, markerfacecolor="white" if dashed else colour)
         ranking.set_yticks(range(len(ranked)), [result.contender.label for result in ranked])
         for label, result in zip(ranking.get_yticklabels(), ranked, strict=True):
             label.set(color=result.contender.colour, fontweight="bold")
-        ranking.axvline(best, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
-        draw_limit(learning, best, f"optimum {best:.3f}")
-        draw_limit(sensitivity, best, "")
-        objective = f"reward − {config.kl_coefficient:g} KL"
-        learning.set(xlabel="completions", ylabel=objective)
-        ranking.set(xlabel=objective)
-        sensitivity.set(xlabel="learning rate", ylabel=objective, xscale="log", ylim=(start, None))
+        way = "way from the reference to the optimum, %"
+        learning.set(xlabel="completions", ylabel=way, ylim=(0, 100))
+        ranking.set(xlabel=way)
+        sensitivity.set(xlabel="learning rate", xscale="log", ylim=(0, 100))
         sensitivity.set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
         sensitivity.set_xticks([], minor=True)
 

@@ -203,7 +203,7 @@ def run_seeds(config: Config, method: str) -> dict[str, np.ndarray]:
             return update_fn(state, rollout, noise, optimizer)[0], seen
 
         params = init_params(step_key(setting["seed"], Purpose.INIT), config)
-        state = dataclasses.replace(init_state(params, optimizer), baseline=jnp.zeros(()))
+        state = dataclasses.replace(init_state(params, optimizer, kl_coefficient=0.0), baseline=jnp.zeros(()))
         return scan_updates(update, state, config.episodes // config.batch)[1]
 
     return jax.device_get(make_sweep(run, make_mesh())({"seed": np.arange(config.seeds)}))

@@ -2,7 +2,7 @@
 
     python experiments/recipes/policy_gradient_theorem.py
 
-Two cores of an AMD EPYC, JAX 0.10.2: 2.4 minutes of processor time, 3.4 minutes with both cores shared.
+Two cores of an AMD EPYC, JAX 0.10.2: 2.6 minutes of processor time; 3.4 minutes, with other work on both cores.
 
 A tabular policy over 3 tokens writes 15 different completions of at most 3 tokens, ended by a token or cut. The
 reference policy differs, a nat of divergence costs 0.1, and each completion of each of two prompts has a random reward.
@@ -26,12 +26,12 @@ policy. The error of the unbiased falls with a slope of -1/2 for ever, that of t
 
 Measured, seed 0: a bias of 0.000 % along and across for reinforce, reinforce_moving_average, reinforce_value,
 reinforce_to_go, rloo, remax, importance_token and importance_sequence; for dr_grpo -75.000 % along, which is 3/4 of 1/3
-less 1, and 0.000 % across. Across: raft 45.6 %, awr 12.1 %, grpo 10.6 %, gspo 8.9 %, reinforce_pp 6.5 %, ppo 4.0 % (its critic
-errs by 0.3), dapo and cispo 2.1 %. Error slopes of -0.48 to -0.52 for the unbiased, -0.03 to 0 for the others. Variance
-3.66 without a baseline, 1.86 leaving one out, 1.38 with a moving average, 1.02 with a critic; 4.27 for remax, whose
-greedy completion earns -0.13 where the policy earns 1.06. Off policy, across: rloo 29.7 %, ppo 21.1 %, importance_token
-8.4 %, importance_sequence 8.3 %, without a cap 5.0 %, and 0.000 % without the KL too: the divergence in the reward is
-that of the policy that sampled.
+less 1, and 0.000 % across. Across: raft 45.6 %, awr 12.1 %, grpo 10.6 %, gspo 8.9 %, reinforce_pp 6.5 %, ppo 4.0 %
+(its critic errs by 0.3), dapo and cispo 2.1 %. Error slopes of -0.48 to -0.52 for the unbiased, -0.03 to 0 for the
+others. Variance 3.66 without a baseline, 1.86 leaving one out, 1.38 with a moving average, 1.02 with a critic; 4.27 for
+remax, whose greedy completion earns -0.13 where the policy earns 1.06. Off policy, across: rloo 29.7 %, ppo 21.1 %,
+importance_token 8.4 %, importance_sequence 8.3 %, without a cap 5.0 %, and 0.000 % without the KL too: the divergence
+in the reward is that of the policy that sampled.
 
 In the sums one group of 4 is the whole batch, so what is worked out over a batch (whitening, a mean over tokens) is
 further off there than in the samples, with two prompts. The overlong penalty and the replacement of groups without

@@ -1,6 +1,9 @@
 """Tasks whose optimum is known, small enough for hundreds of runs: walks on a graph, and a contextual bandit.
 
-Letters: N prompts, B sequences, C completion length, V vocabulary, W walks that there are.
+A task is a family of problems, one for each run, and pure functions of a problem: runs are mapped over problems, so
+that an interval over runs speaks of the family, and not of one draw.
+
+Letters: S problems, N prompts, B sequences, C completion length, V vocabulary, W walks that there are.
 """
 
 import dataclasses
@@ -21,38 +24,37 @@ from rl_jax.reinforce.distributions import entropy, exact_kl, token_logprobs
 from rl_jax.reinforce.exact import objective, optimal_policy
 from rl_jax.reinforce.gradient import ScoreFn, Scores, reinforce_gradient
 from rl_jax.rollout import generate
-from rl_jax.run.spmd import make_mesh, pmapped
+from rl_jax.run.spmd import make_mesh
 from rl_jax.sampling import Sampling, draw
 from rl_jax.scoring import completion_logprobs, make_score_fn, reference_scores, score_completions
-from rl_jax.sweep import scan_updates
+from rl_jax.sweep import make_sweep, scan_updates
 from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
+
+GOAL = 0  # the node that ends a walk: its token is the end-of-sequence token
+MOST_WALKS = 20_000
 
 
 class Task(NamedTuple):
-    """What an algorithm has to deal with, and how far it may get. All functions are pure.
+    """What an algorithm has to deal with, and how far it may get.
 
     Attributes:
-        ref_params: of the reference policy, from which every run starts.
-        sample: params, key, number of prompts, completions of each -> a Rollout of random prompts.
-        reward: Rollout -> [B].
-        reference: ref_params, Rollout -> log-probabilities under the reference [B, C], and the ScoreFn's context.
-        make_score_fn: ref_params -> a ScoreFn, with values.
-        evaluate: params, ref_params, key -> {"reward": [], "kl": []}, means over all prompts.
-        best_reward: the most that any policy can get.
-        best_objective: kl_coefficient -> the most of reward - kl_coefficient * KL.
+        problems: their arrays, among them the parameters of each one's reference policy, `problem.ref_params`, from
+            which every run starts. A pytree [S, ...].
+        sample: params, problem, key, number of prompts, completions of each -> a Rollout of random prompts.
+        reward: problem, Rollout -> [B].
+        reference: problem, Rollout -> log-probabilities under the reference [B, C], and the ScoreFn's context.
+        make_score_fn: problem -> a ScoreFn, with values.
+        evaluate: params, problem, key -> {"reward": [], "kl": []}, means over all prompts.
+        best: problem, kl_coefficient -> the most of reward - kl_coefficient * KL that there is. [].
     """
 
-    ref_params: PyTree
-    sample: Callable[[PyTree, Array, int, int], Rollout]
-    reward: Callable[[Rollout], Array]
-    reference: Callable[[PyTree, Rollout], tuple[Array, Any]]
-    make_score_fn: Callable[[PyTree], ScoreFn]
-    evaluate: Callable[[PyTree, PyTree, Array], Metrics]
-    best_reward: float
-    best_objective: Callable[[float], float]
-
-
-GOAL = 0  # the node that ends a walk: its token is the end-of-sequence token
+    problems: Any
+    sample: Callable[[PyTree, Any, Array, int, int], Rollout]
+    reward: Callable[[Any, Rollout], Array]
+    reference: Callable[[Any, Rollout], tuple[Array, Any]]
+    make_score_fn: Callable[[Any], ScoreFn]
+    evaluate: Callable[[PyTree, Any, Array], Metrics]
+    best: Callable[[Any, float], Array]
 
 
 class Graph(NamedTuple):
@@ -73,7 +75,7 @@ def random_graph(seed: int, nodes: int, degree: float, length: int) -> Graph:
     Args:
         seed: of the draw; graphs in which some node is out of reach are drawn again.
         nodes: V, the goal included.
-        degree: how many edges lead from a node on average; every node has one at least.
+        degree: how many edges lead from a node on average.
         length: C, the most steps that the shortest walk from any node takes.
 
     Raises:
@@ -83,8 +85,6 @@ def random_graph(seed: int, nodes: int, degree: float, length: int) -> Graph:
     for _ in range(1000):
         edges = rng.random((nodes, nodes)) < degree / (nodes - 1)
         np.fill_diagonal(edges, False)
-        lonely = np.flatnonzero(~edges.any(axis=1))
-        edges[lonely, (lonely + rng.integers(1, nodes, len(lonely))) % nodes] = True
         edges[GOAL] = False
         distances = shortest_distances(edges)
         if distances.max() <= length:
@@ -146,66 +146,111 @@ def as_rollout(starts: Array | np.ndarray, completions: Array | np.ndarray) -> R
 
 
 def successful_walks(graph: Graph, length: int) -> Rollout:
-    """Every walk along edges that reaches the goal within C steps, from every start: all that is rewarded. B = W."""
+    """Every walk along edges that reaches the goal within C steps, from every start: all that is rewarded. B = W.
+
+    Raises:
+        InputError: there are more than 20,000.
+    """
     walks: list[tuple[int, ...]] = [(node,) for node in range(1, len(graph.edges))]
     done: list[tuple[int, ...]] = []
     for step in range(length):
         extended = [(*walk, int(node)) for walk in walks for node in np.flatnonzero(graph.edges[walk[-1]])]
         done += [walk for walk in extended if walk[-1] == GOAL]
         walks = [walk for walk in extended if step + 1 + graph.distances[walk[-1]] <= length and walk[-1] != GOAL]
+        if len(done) + len(walks) > MOST_WALKS:
+            raise InputError(f"There are over {MOST_WALKS} walks of {length} steps; take fewer, or fewer edges a node.")
     padded = np.array([walk + (GOAL,) * (length + 1 - len(walk)) for walk in sorted(done)], np.int32)
     return as_rollout(padded[:, 0], padded[:, 1:])
 
 
-def walks_task(graph: Graph, ref_params: PyTree, config: TransformerConfig, length: int, evaluated: int = 16) -> Task:
+class Walking(NamedTuple):
+    """A problem of the walks.
+
+    Attributes:
+        ref_params: of the Transformer that walks as if by chance, with a value head.
+        edges: bool [V, V].
+        distances: int32 [V].
+        walks: all that is rewarded, and repetitions to fill W.
+        real: false on the repetitions. bool [W].
+    """
+
+    ref_params: PyTree
+    edges: Array
+    distances: Array
+    walks: Rollout
+    real: Array
+
+
+def walks_task(
+    graphs: list[Graph], config: TransformerConfig, length: int, *, updates: int, batch: int = 64, evaluated: int = 16
+) -> Task:
     """Reach the goal by a short walk. A Transformer writes the walk, node by node, after the start.
 
     Its expected reward is exact, by the probability of every walk that is rewarded; its KL is a mean over samples of
     the exact KL of each token.
 
     Args:
-        graph: from `random_graph`.
-        ref_params: from `pretrain_walker`.
+        graphs: of V nodes each, a problem each. [S].
         config: of the Transformer.
         length: C.
+        updates: of the reference policies, see `pretrain_walker`.
+        batch: walks in each.
         evaluated: completions of each start that the KL is taken over.
     """
-    edges, distances = jnp.asarray(graph.edges), jnp.asarray(graph.distances)
-    starts = jnp.arange(1, len(graph.edges))
-    plain = Sampling(length, eos=(GOAL,))
-    walks = successful_walks(graph, length)
-    walk_reward = walk_rewards(walks, edges, distances)
+    plain, starts = Sampling(length, eos=(GOAL,)), jnp.arange(1, config.vocab_size)
 
-    def sample(params: PyTree, key: Array, prompts: int, group_size: int) -> Rollout:
+    def sample(params: PyTree, problem: Walking, key: Array, prompts: int, group_size: int) -> Rollout:
+        del problem
         starts_key, key = jax.random.split(key)
         chosen = jax.random.choice(starts_key, starts, (prompts, 1))
         sampling = dataclasses.replace(plain, group_size=group_size)
         return generate(params, key, chosen, jnp.ones(chosen.shape, bool), config, sampling)
 
-    def walk_logprobs(params: PyTree) -> Array:
-        return jnp.sum(completion_logprobs(params, walks, config, plain), axis=1)
+    def walk_logprobs(params: PyTree, problem: Walking) -> Array:
+        """-inf for the repetitions. [W]."""
+        logprobs = jnp.sum(completion_logprobs(params, problem.walks, config, plain), axis=1)
+        return jnp.where(problem.real, logprobs, -jnp.inf)
 
-    def evaluate(params: PyTree, ref_params: PyTree, key: Array) -> Metrics:
+    def reward(problem: Walking, rollout: Rollout) -> Array:
+        return walk_rewards(rollout, problem.edges, problem.distances)
+
+    def evaluate(params: PyTree, problem: Walking, key: Array) -> Metrics:
         sampling = dataclasses.replace(plain, group_size=evaluated)
         rollout = generate(params, key, starts[:, None], jnp.ones((len(starts), 1), bool), config, sampling)
-        _, context = reference_scores(ref_params, rollout, config, plain)
-        kl = make_score_fn(ref_params, config, plain)(params, rollout, context).kl
-        expected = jnp.sum(jnp.exp(walk_logprobs(params)) * walk_reward) / len(starts)
-        return {"reward": expected, "kl": jnp.sum(kl) / len(kl)}
+        _, context = reference_scores(problem.ref_params, rollout, config, plain)
+        kl = make_score_fn(problem.ref_params, config, plain)(params, rollout, context).kl
+        rewarded = jnp.exp(walk_logprobs(params, problem)) * reward(problem, problem.walks)
+        return {"reward": jnp.sum(rewarded) / len(starts), "kl": jnp.sum(kl) / len(kl)}
 
-    def best_objective(kl_coefficient: float) -> float:
-        logprobs = pmapped(walk_logprobs, make_mesh(jax.devices()[:1]), (None,), None)(ref_params)
-        return float(best_of_walks(logprobs, walk_reward, walks.prompts[:, 0] - 1, len(starts), kl_coefficient))
+    def best(problem: Walking, kl_coefficient: float) -> Array:
+        logprobs, rewards = walk_logprobs(problem.ref_params, problem), reward(problem, problem.walks)
+        return best_of_walks(logprobs, rewards, problem.walks.prompts[:, 0] - 1, len(starts), kl_coefficient)
 
     return Task(
-        ref_params=ref_params,
+        problems=walking_problems(graphs, config, length, updates, batch),
         sample=sample,
-        reward=lambda rollout: walk_rewards(rollout, edges, distances),
-        reference=lambda ref_params, rollout: reference_scores(ref_params, rollout, config, plain),
-        make_score_fn=lambda ref_params: make_score_fn(ref_params, config, plain),
+        reward=reward,
+        reference=lambda problem, rollout: reference_scores(problem.ref_params, rollout, config, plain),
+        make_score_fn=lambda problem: make_score_fn(problem.ref_params, config, plain),
         evaluate=evaluate,
-        best_reward=1.0,
-        best_objective=best_objective,
+        best=best,
+    )
+
+
+def walking_problems(graphs: list[Graph], config: TransformerConfig, length: int, updates: int, batch: int) -> Walking:
+    """The graphs with everything that is rewarded on them, and reference policies trained side by side. [S, ...]."""
+    edges, distances = (np.stack(arrays) for arrays in zip(*graphs, strict=True))
+    train = make_sweep(lambda setting: pretrain_walker(*setting, config, length, updates, batch), make_mesh())
+    every = [successful_walks(graph, length) for graph in graphs]
+    most = max(len(walks.truncated) for walks in every)
+    rows = [np.arange(most) % len(walks.truncated) for walks in every]
+    padded = [jax.tree.map(lambda x, row=row: x[row], walks) for walks, row in zip(every, rows, strict=True)]
+    return Walking(
+        ref_params=train((jnp.arange(len(graphs)), edges)),
+        edges=jnp.asarray(edges),
+        distances=jnp.asarray(distances),
+        walks=jax.tree.map(lambda *parts: jnp.stack(parts), *padded),
+        real=jnp.asarray([np.arange(most) < len(walks.truncated) for walks in every]),
     )
 
 
@@ -233,22 +278,22 @@ def best_of_walks(logprobs: Array, rewards: Array, starts: Array, prompts: int, 
 
 
 def pretrain_walker(
-    graph: Graph, config: TransformerConfig, length: int, updates: int, batch: int, seed: int
+    seed: Array, edges: Array, config: TransformerConfig, length: int, updates: int, batch: int
 ) -> PyTree:
     """A Transformer with a value head that walks as if by chance, by maximum likelihood of random walks.
 
     That is REINFORCE with an advantage of 1 for whatever is shown.
 
     Args:
-        graph: whose edges are walked.
+        seed: of the initial parameters and the walks. int32 [].
+        edges: bool [V, V].
         config: of the Transformer.
         length: C.
         updates: of Adam, at a rate of 0.01 that falls to 0.
         batch: fresh walks in each.
-        seed: of the initial parameters and the walks.
     """
     optimizer = optax.flatten(optax.adam(optax.cosine_decay_schedule(0.01, updates)))
-    edges, sampling = jnp.asarray(graph.edges), Sampling(length, eos=(GOAL,))
+    sampling = Sampling(length, eos=(GOAL,))
 
     def score_fn(params: PyTree, rollout: Rollout, context: Any) -> Scores:
         del context
@@ -256,34 +301,46 @@ def pretrain_walker(
 
     def update(state: TrainState, step: Array) -> tuple[TrainState, Array]:
         starts_key, key = jax.random.split(step_key(seed, Purpose.SAMPLE, step))
-        starts = jax.random.randint(starts_key, (batch,), 1, len(edges))
+        starts = jax.random.randint(starts_key, (batch,), 1, config.vocab_size)
         walks = random_walks(key, edges, starts, length)
         grads, metrics = reinforce_gradient(state.params, walks, jnp.ones(batch), score_fn, normalize="token")
         return apply_gradients(state, grads, optimizer)[0], metrics["loss"]
 
-    def train(params: PyTree) -> PyTree:
-        return scan_updates(update, init_state(params, optimizer), updates)[0].params
-
-    params = init_params(step_key(seed, Purpose.INIT), config)
-    return add_value_head(pmapped(train, make_mesh(jax.devices()[:1]), (None,), None)(params), config)
+    state = init_state(init_params(step_key(seed, Purpose.INIT), config), optimizer)
+    return add_value_head(scan_updates(update, state, updates)[0].params, config)
 
 
-def bandit_task(seed: int, contexts: int, arms: int) -> Task:
+class Bandit(NamedTuple):
+    """A problem of the bandit.
+
+    Attributes:
+        ref_params: {"table": logits [N, 1, V], "values": [N, 1]}.
+        rewards: of each arm in each context. [N, V].
+    """
+
+    ref_params: PyTree
+    rewards: Array
+
+
+def bandit_task(problems: int, contexts: int, arms: int) -> Task:
     """Choose one of V arms in each of N contexts: completions of one token, by a table of logits.
 
     Rewards and the reference's logits are normal numbers; the rewards of a context share one more, so that contexts
     differ as prompts do. Everything is exact.
 
     Args:
-        seed: of the rewards and the reference.
+        problems: S; their seeds are 0 to S - 1.
         contexts: N.
         arms: V.
     """
-    keys = jax.random.split(step_key(seed, Purpose.INIT), 3)
-    rewards = jax.random.normal(keys[0], (contexts, arms)) + jax.random.normal(keys[1], (contexts, 1))
-    ref_params = {"table": init_table(keys[2], contexts, arms, 1), "values": jnp.zeros((contexts, 1))}
 
-    def sample(params: PyTree, key: Array, prompts: int, group_size: int) -> Rollout:
+    def make(seed: Array) -> Bandit:
+        keys = jax.random.split(step_key(seed, Purpose.INIT), 3)
+        rewards = jax.random.normal(keys[0], (contexts, arms)) + jax.random.normal(keys[1], (contexts, 1))
+        return Bandit({"table": init_table(keys[2], contexts, arms, 1), "values": jnp.zeros((contexts, 1))}, rewards)
+
+    def sample(params: PyTree, problem: Bandit, key: Array, prompts: int, group_size: int) -> Rollout:
+        del problem
         prompts_key, key = jax.random.split(key)
         chosen = jnp.repeat(jax.random.randint(prompts_key, (prompts,), 0, contexts), group_size)
         tokens, logprobs = draw(params["table"][chosen, 0], jax.random.uniform(key, chosen.shape))
@@ -296,8 +353,8 @@ def bandit_task(seed: int, contexts: int, arms: int) -> Task:
             truncated=jnp.zeros(len(chosen), bool),
         )
 
-    def reference(ref_params: PyTree, rollout: Rollout) -> tuple[Array, Array]:
-        logits = tabular_logits(ref_params["table"], rollout)
+    def reference(problem: Bandit, rollout: Rollout) -> tuple[Array, Array]:
+        logits = tabular_logits(problem.ref_params["table"], rollout)
         return token_logprobs(logits, rollout.completions), logits
 
     def score(params: PyTree, rollout: Rollout, ref_logits: Array) -> Scores:
@@ -308,19 +365,20 @@ def bandit_task(seed: int, contexts: int, arms: int) -> Task:
     def arm_logprobs(params: PyTree) -> Array:
         return jax.nn.log_softmax(params["table"][:, 0])
 
-    def evaluate(params: PyTree, ref_params: PyTree, key: Array) -> Metrics:
+    def evaluate(params: PyTree, problem: Bandit, key: Array) -> Metrics:
         del key
-        logprobs, ref_logprobs = arm_logprobs(params), arm_logprobs(ref_params)
-        reward = objective(logprobs, ref_logprobs, rewards, 0.0)
-        return {"reward": reward, "kl": reward - objective(logprobs, ref_logprobs, rewards, 1.0)}
+        logprobs, ref_logprobs = arm_logprobs(params), arm_logprobs(problem.ref_params)
+        reward = objective(logprobs, ref_logprobs, problem.rewards, 0.0)
+        return {"reward": reward, "kl": reward - objective(logprobs, ref_logprobs, problem.rewards, 1.0)}
 
     return Task(
-        ref_params=ref_params,
+        problems=jax.vmap(make)(jnp.arange(problems)),
         sample=sample,
-        reward=lambda rollout: rewards[rollout.prompts[:, 0], rollout.completions[:, 0]],
+        reward=lambda problem, rollout: problem.rewards[rollout.prompts[:, 0], rollout.completions[:, 0]],
         reference=reference,
-        make_score_fn=lambda ref_params: score,
+        make_score_fn=lambda problem: score,
         evaluate=evaluate,
-        best_reward=float(jnp.mean(jnp.max(rewards, axis=1))),
-        best_objective=lambda coefficient: float(optimal_policy(arm_logprobs(ref_params), rewards, coefficient)[1]),
+        best=lambda problem, coefficient: optimal_policy(
+            arm_logprobs(problem.ref_params), problem.rewards, coefficient
+        )[1],
     )

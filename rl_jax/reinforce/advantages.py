@@ -23,7 +23,7 @@ def total_rewards(rewards: Array) -> Array:
 
 
 def moving_average_advantages(rewards: Array, baseline: Array, *, baseline_decay: float) -> tuple[Array, Array]:
-    """Each reward less a baseline from earlier steps (Williams 1992's reinforcement comparison).
+    """Each reward less a baseline from earlier steps (reinforcement comparison, Sutton 1984; Williams 1992).
 
     Args:
         rewards: [B].
@@ -129,9 +129,9 @@ def best_of_group_advantages(rewards: Array, group_size: int) -> Array:
 def exponential_advantages(rewards: Array, group_size: int, *, reward_temperature: float, weight_cap: float) -> Array:
     """Weights exp(deviation from the group's mean / temperature): advantage-weighted regression (Peng 2019, eq. 11).
 
-    Not an estimate of the gradient of E[r]: with `reinforce_loss` it moves the policy towards
-    policy * exp(r / temperature), which differs from the optimum of E[r] - temperature * KL in that the mean of the
-    group stands for the value of the prompt.
+    Not an estimate of the gradient of E[r]: with `reinforce_loss` it fits the policy to completions weighed by, but
+    for the cap, exp((G - 1) / G * r / temperature), for each has its part in the mean. The paper's
+    exp(r / temperature), the optimum of E[r] - temperature * KL, is that of large groups.
 
     Args:
         rewards: [B].

@@ -47,18 +47,18 @@ class Estimator:
         loss: names what it needs; see `rl_jax.reinforce.objectives`.
         normalize: what the loss is a mean of.
         kl: where the divergence from the reference is charged; see `rl_jax.reinforce.penalties`.
-        kl_coefficient: reward units a nat.
+        kl_coefficient: reward units a nat; in the loss, units of the advantages, which may have been divided.
         kl_target: nats a completion that the coefficient is steered to; None leaves it.
         kl_horizon: completions in which a far-off KL changes the coefficient by a fifth.
         whiten_advantages: whether advantages get mean 0 and variance 1 over the tokens of the batch.
         reward_scale: what rewards are multiplied by.
         reward_clip: the largest size of a reward after that.
         whiten_rewards: whether rewards then get mean 0 and variance 1 over the batch.
-        overlong_share: last share of C over which a penalty of up to 1 grows; 0 for none.
+        overlong_share: last share of C over which a penalty of up to 1, taken off after that, grows; 0 for none.
         sampling_rounds: batches of prompts sampled at most to replace groups whose rewards are all equal.
         epochs: passes over a batch.
         minibatches: updates in a pass.
-        entropy_coefficient: reward units a nat of bonus for the entropy of each token.
+        entropy_coefficient: a bonus for each nat of a token's entropy, in units of the advantages.
         value_coefficient: weight of the critic's error in the loss.
         value_clip: how far the critic may move in an update, reward units.
     """
@@ -109,8 +109,9 @@ class Estimator:
     @property
     def options(self) -> dict[str, Any]:
         """Every setting that has an effect, and its value."""
-        settings = {name: getattr(self, name) for name in _SETTINGS if name not in self._idle()}
-        return settings | _bound(self.advantages) | _bound(self.loss)
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        settings |= _bound(self.advantages) | _bound(self.loss)
+        return {name: value for name, value in settings.items() if name not in self._idle()}
 
     def _idle(self) -> set[str]:
         """Settings without an effect, given the others."""
@@ -120,10 +121,14 @@ class Estimator:
         if self.kl_target is None:
             idle |= {"kl_horizon"}
         if not self.critic:
-            idle |= {"value_coefficient", "value_clip"}
+            idle |= {"value_coefficient"}
+        if not self.critic or self.updates == 1:
+            idle |= {"value_clip"}
         if not self.grouped:
             idle |= {"sampling_rounds"}
-        scale_free = self.whiten_advantages or _unbound(self.advantages) in SCALE_FREE
+        if self.whiten_advantages:  # what is subtracted from all alike is subtracted again
+            idle |= {"baseline_decay"}
+        scale_free = (self.whiten_advantages and not self.critic) or _unbound(self.advantages) in SCALE_FREE
         if scale_free and self.kl != "k1_reward" and not self.overlong_share:
             idle |= {"reward_scale", "whiten_rewards"}
         return idle
@@ -253,7 +258,8 @@ def _check(name: str, estimator: Estimator) -> None:
         raise InputError(
             "kl_coefficient is 0, which no factor steers to a kl_target; give a positive one to start from."
         )
-    if estimator.updates > 1 and estimator.loss is reinforce_loss and _unbound(estimator.advantages) not in FITTED:
+    fitted = _unbound(estimator.advantages) in FITTED and not estimator.whiten_advantages
+    if estimator.updates > 1 and estimator.loss is reinforce_loss and not fitted:
         raise InputError(
             f"{name} takes one update from a batch: its loss has no importance ratio, and after the first update the "
             "batch is no longer the policy's. Leave epochs and minibatches at 1, or take importance_token or ppo."

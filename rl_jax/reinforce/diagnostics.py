@@ -52,7 +52,7 @@ def explained_variance(values: Array, targets: Array, mask: Array) -> Array:
     chex.assert_equal_shape([values, targets, mask])
     variance = masked_var(targets, mask)
     left = masked_var(targets - values, mask)
-    return jnp.where(variance > 0, 1 - left / jnp.where(variance > 0, variance, 1.0), 0.0)
+    return jnp.where(variance > 0, 1 - left / variance, 0.0)
 
 
 def gradient_noise(gradient_fn: Callable[[PyTree], PyTree], samples: PyTree, at_once: int = 1) -> Metrics:
@@ -67,7 +67,7 @@ def gradient_noise(gradient_fn: Callable[[PyTree], PyTree], samples: PyTree, at_
     Returns:
         grad_variance (trace of the covariance of a sample's gradient), grad_signal (squared norm of the true
         gradient), both unbiased; grad_snr (the signal over the variance of the batch's gradient; may be negative, as
-        the signal may); critical_batch_size (the variance over the signal, in samples: McCandlish 2018, eq. 2.8; not
+        the signal may); critical_batch_size (the variance over the signal, in samples: McCandlish 2018, eq. 2.9; not
         a number where the signal is not positive).
     """
     count = jax.tree.leaves(samples)[0].shape[0]
@@ -79,7 +79,8 @@ def gradient_noise(gradient_fn: Callable[[PyTree], PyTree], samples: PyTree, at_
         total = jax.tree.map(lambda s, g: s + jnp.sum(g, axis=0), sums[0], gradients)
         return (total, sums[1] + _square(gradients)), None
 
-    parts = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), samples)
+    # Samples from all over the batch at once: where it is laid over devices, each has a share of every part.
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(at_once, -1, *x.shape[1:]), 1, 0), samples)
     one = jax.eval_shape(gradient_fn, jax.tree.map(lambda x: x[0], samples))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
     (total, squares), _ = jax.lax.scan(accumulate, (zeros, jnp.zeros(())), parts)

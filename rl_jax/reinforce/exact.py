@@ -177,7 +177,7 @@ def best_of_n_logprobs(logprobs: Array, rewards: Array, n: Array | int) -> Array
 
     With F the probability of a reward no higher and p that of an equal one, a completion's probability is multiplied
     by (F^n - (F - p)^n) / p: tied completions keep their proportions, because any of them may have come first. The KL
-    from the policy is at most log n - (n - 1) / n (Beirami 2024, theorem 1).
+    from the policy is at most log n - (n - 1) / n (Beirami 2024).
 
     Args:
         logprobs: of each completion under the policy. [N, K].

@@ -112,7 +112,7 @@ def dual_clip_loss(
     ratio = jnp.exp(_log_ratio(logprobs, behavior_logprobs, weights))
     bounded = jnp.where(advantages < 0, jnp.minimum(ratio, dual_clip), ratio)
     loss, clipped = _clipped(bounded, advantages, weights, clip_low, clip_high)
-    return loss, clipped | ((weights > 0) & (advantages < 0) & (ratio > dual_clip))
+    return loss, clipped | ((advantages < 0) & (ratio > dual_clip))  # the ratio of masked tokens is 1
 
 
 def sequence_clip_loss(

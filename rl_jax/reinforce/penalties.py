@@ -2,9 +2,12 @@
 
 The KL divergence from the reference policy can be charged in the reward, as the k1 estimate of each token (Ziegler
 2019), or be a term of the loss. In the reward the expected gradient is that of E[r] - coefficient * KL of whole
-completions. In the loss it leaves out what a token does to the divergence of later ones: "k2_loss" and "exact_loss"
-have the gradient of the KL of each next token, at the prefixes that the policy happens to visit (the same expectation,
-exact_loss with less variance); "k3_loss" (GRPO) has that of KL(reference || policy), the other way round.
+completions, of the policy that sampled. In the loss it leaves out what a token does to the divergence of later ones:
+"k2_loss" and "exact_loss" have the gradient of the KL of each next token, at the prefixes that the policy visits (the
+same expectation, exact_loss with less variance); "k3_loss" (GRPO) has that of KL(reference || policy), the other way
+round. That holds for the first update from a batch; in later ones k2 and k3 weigh tokens as the policy that sampled.
+The reference is never filtered: with top-k, top-p or min-p, k1 to k3 compare the filtered policy with it, and
+exact_loss the policy before its filters.
 """
 
 from typing import Literal
@@ -119,7 +122,8 @@ def adaptive_kl_coefficient(coefficient: Array, kl: Array, *, target: float, hor
         coefficient: reward units a nat. [].
         kl: of this step, nats a completion. [].
         target: nats a completion.
-        horizon: completions in which an error of 20 % or more changes the coefficient by 20 %; 10,000 at OpenAI.
+        horizon: completions in which an error of 20 % or more changes the coefficient by 20 %, 10,000 in OpenAI's code;
+            above a fifth of `completions`, or the coefficient could change its sign.
         completions: of this step.
 
     Returns:
