@@ -198,25 +198,32 @@ TOY = {"a": jnp.array([0.3, -0.2]), "b": jnp.array(0.7)}
 FEATURES = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2, 2)), jnp.float32).at[~MASK].set(0)
 TOY_ADVANTAGES = jnp.array([1.0, -2.0, 0.5, 3.0])
 BEHAVIOR = FEATURES @ TOY["a"] + jnp.array([[0.5, -0.1], [0.3, 0.0], [-0.6, 0.2], [0.1, 0.0]])
-EXTRA = jnp.array([[1.0, 2.0], [3.0, jnp.nan], [-1.0, 0.5], [2.0, jnp.nan]])
+EXTRA = jnp.array([[1.0, 2.0], [3.0, 0.0], [-1.0, 0.5], [2.0, 0.0]])
 
 
 def toy_scores(params, rollout, context):
-    """Where masked, entropy and KL are no numbers."""
+    """Entropy and KL are no numbers where masked, nor is the penalty."""
     logprobs = context["features"] @ params["a"]
     hidden = jnp.where(rollout.completion_mask, 0.0, jnp.nan)
     return Scores(logprobs, entropy=jnp.square(logprobs) + hidden, kl=jnp.abs(logprobs) + hidden)
 
 
 def toy_penalty(scores, context):
-    return context["extra"] * scores.logprobs
+    return context["extra"] * scores.logprobs + jnp.where(context["extra"] == 0, jnp.nan, 0.0)
 
 
 def toy_gradient(advantages=TOY_ADVANTAGES, **options):
     zeros = jnp.zeros((4, 2), jnp.int32)
     rollout = Rollout(zeros, MASK, zeros, MASK, BEHAVIOR, jnp.zeros(4, bool))
     context = {"features": FEATURES, "extra": EXTRA}
-    return reinforce_gradient(TOY, rollout, advantages, toy_scores, normalize="token", context=context, **options)
+
+    @jax.jit
+    def gradient(params, advantages):
+        return reinforce_gradient(
+            params, rollout, advantages, toy_scores, normalize="token", context=context, **options
+        )
+
+    return gradient(TOY, advantages)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
@@ -228,7 +235,7 @@ def test_gradient_and_metrics_by_hand(microbatches):
     ratio, advantages = np.exp(logprobs - behavior), np.asarray(TOY_ADVANTAGES)[:, None]
     cut = ((advantages > 0) & (ratio > 1.2)) | ((advantages < 0) & (ratio < 0.8))
     assert 0 < np.sum(cut * mask) < 6
-    extra = np.nan_to_num(np.asarray(EXTRA))
+    extra = np.asarray(EXTRA)
     slopes = (extra - np.where(cut, 0, ratio) * advantages) * mask / 6
     np.testing.assert_allclose(grads["a"], np.einsum("bc,bcd->d", slopes, features), rtol=1e-5)
     assert float(grads["b"]) == 0

@@ -240,13 +240,17 @@ def walks_task(
 def walking_problems(graphs: list[Graph], config: TransformerConfig, length: int, updates: int, batch: int) -> Walking:
     """The graphs with everything that is rewarded on them, and reference policies trained side by side. [S, ...]."""
     edges, distances = (np.stack(arrays) for arrays in zip(*graphs, strict=True))
-    train = make_sweep(lambda setting: pretrain_walker(*setting, config, length, updates, batch), make_mesh())
+
+    def train(given: tuple[Array, Array]) -> PyTree:
+        seed, edges = given
+        return pretrain_walker(seed, edges, config, length, updates, batch)
+
     every = [successful_walks(graph, length) for graph in graphs]
     most = max(len(walks.truncated) for walks in every)
     rows = [np.arange(most) % len(walks.truncated) for walks in every]
     padded = [jax.tree.map(lambda x, row=row: x[row], walks) for walks, row in zip(every, rows, strict=True)]
     return Walking(
-        ref_params=train((jnp.arange(len(graphs)), edges)),
+        ref_params=make_sweep(train, make_mesh())((np.arange(len(graphs)), edges)),
         edges=jnp.asarray(edges),
         distances=jnp.asarray(distances),
         walks=jax.tree.map(lambda *parts: jnp.stack(parts), *padded),
@@ -306,7 +310,7 @@ def pretrain_walker(
         grads, metrics = reinforce_gradient(state.params, walks, jnp.ones(batch), score_fn, normalize="token")
         return apply_gradients(state, grads, optimizer)[0], metrics["loss"]
 
-    state = init_state(init_params(step_key(seed, Purpose.INIT), config), optimizer)
+    state = init_state(init_params(step_key(seed, Purpose.INIT), config), optimizer, kl_coefficient=0.0)
     return add_value_head(scan_updates(update, state, updates)[0].params, config)
 
 
