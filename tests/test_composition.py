@@ -156,9 +156,18 @@ def test_more_values_that_cannot_work():
         make_estimator("dapo", overlong_share=1.5)
 
 
-@pytest.mark.parametrize("option", ["reward_clip", "value_clip", "clip_high"])
-def test_limits_may_be_infinite(option):
-    assert make_estimator("ppo", **{option: math.inf}).options[option] == math.inf
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("ppo", "reward_clip"),
+        ("ppo", "value_clip"),
+        ("ppo", "clip_high"),
+        ("cispo", "ratio_cap"),
+        ("awr", "weight_cap"),
+    ],
+)
+def test_limits_may_be_infinite(name, option):
+    assert make_estimator(name, **{option: math.inf}).options[option] == math.inf
 
 
 def test_ends_of_ranges_are_within():

@@ -67,6 +67,20 @@ def test_kl_estimates_by_hand():
             kl_estimate(logprobs, ref, unknown)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: token_logprobs(LOGITS, TOKENS[:1]),
+        lambda: exact_kl(LOGITS, REF_LOGITS[:1]),
+        lambda: kl_estimate(LOGITS[0], LOGITS[0, :1], "k1"),
+        lambda: kl_estimate(LOGITS, REF_LOGITS, "k1"),
+    ],
+)
+def test_shapes_that_would_broadcast_are_refused(wrong):
+    with pytest.raises(AssertionError):
+        wrong()
+
+
 def expected_estimate(logits, weights, ref_logits, kind):
     """The mean of an estimate over every token, weighted by `weights` rather than by a sample. [V] each."""
     logprobs, ref_logprobs = jax.nn.log_softmax(logits), jax.nn.log_softmax(ref_logits)

@@ -62,9 +62,13 @@ def test_enumeration_is_the_oracles():
 
 def test_what_cannot_be_enumerated_is_refused():
     assert len(exact.enumerate_completions(10, 4, ())[0]) == 10_000
+    assert exact.enumerate_completions(1, 3, ())[0].tolist() == [[0, 0, 0]]
+    assert len(exact.enumerate_completions(6, 6, (5,))[0]) == sum(5**c for c in range(5)) + 5**5 * 6  # 19,531
+    with pytest.raises(InputError, match="has 66430 completions"):
+        exact.enumerate_completions(10, 5, (9,))
     with pytest.raises(InputError, match="has 100000 completions of at most 5 tokens; no more than 20000"):
         exact.enumerate_completions(10, 5, ())
-    for vocab, length, eos in ((0, 3, ()), (3, 0, ()), (3, 3, (3,)), (3, 3, (-1,))):
+    for vocab, length, eos in ((0, 3, ()), (3, 0, ()), (3, 3, (3,)), (3, 3, (4,)), (3, 3, (-1,))):
         with pytest.raises(InputError, match="There are no completions"):
             exact.enumerate_completions(vocab, length, eos)
 
@@ -212,6 +216,7 @@ def test_drawn_groups_have_the_exact_distribution():
         possible = expected > 0
         expected *= batches / expected.sum()
         assert scipy.stats.chisquare(pairs[possible], expected[possible]).pvalue > SURE
+    assert exact.draw_groups(keys[0], BOTH, tokens, 2, 3).prompts[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
     where = (np.arange(2)[None, :, None], chosen)
     np.testing.assert_array_equal(drawn.behavior_logprobs.reshape(batches, 2, 2, -1), logprobs[where])
     np.testing.assert_array_equal(flat.truncated, ~np.any(flat.completion_mask & (flat.completions == 2), axis=1))
@@ -230,6 +235,7 @@ def test_every_group_is_there_once():
     by_completion = np.where(ONE.completion_mask, tokens, 0).sum(axis=1)
     np.testing.assert_allclose(logprobs, by_completion[np.asarray(index)].sum(axis=1), rtol=1e-5)
     np.testing.assert_allclose(jnp.sum(jnp.exp(logprobs)), 1, rtol=1e-5)
+    np.testing.assert_array_equal(exact.every_group(ONE, tokens, 1)[0][:, 0], np.arange(7))
     with pytest.raises(InputError, match=r"7 completions make 117649 groups of 6.*no more than 100000"):
         exact.every_group(ONE, tokens, 6)
     with pytest.raises(InputError, match="groups of 0"):

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -95,21 +96,47 @@ ROLLOUT, BATCH_REWARDS = jax.tree.map(lambda x: x[jnp.array([0, 3, 5, 6, 1, 2, 3
 SGD = optax.sgd(0.5)
 
 
-def step(name, state=None, rewards=BATCH_REWARDS, score_fn=None, behavior=None, group_size=2, **options):
-    """One step by a named estimator. Learning rate 0.5."""
-    more = {k: options.pop(k) for k in ("key", "microbatches", "greedy_rewards", "noise_at_once") if k in options}
-    rollout = ROLLOUT if behavior is None else dataclasses.replace(ROLLOUT, behavior_logprobs=behavior)
-    return policy_gradient_update(
-        init_state(PARAMS, SGD, BETA) if state is None else state,
-        rollout,
-        rewards,
-        estimator=make_estimator(name, **options),
-        score_fn=score_fn or (lambda params, rollout, _: scores(params, rollout, REF)),
-        optimizer=SGD,
-        group_size=group_size,
-        ref_logprobs=scores(PARAMS | {"logits": REF}, rollout, REF).logprobs,
-        **more,
-    )
+def policy_scores(params, rollout, _):
+    return scores(params, rollout, REF)
+
+
+@functools.cache
+def program(name, score_fn, options, static):
+    """A compiled step of a named estimator. Learning rate 0.5."""
+
+    @jax.jit
+    def update(state, rollout, rewards, greedy_rewards, key):
+        return policy_gradient_update(
+            state,
+            rollout,
+            rewards,
+            estimator=make_estimator(name, **dict(options)),
+            score_fn=score_fn,
+            optimizer=SGD,
+            ref_logprobs=scores(PARAMS | {"logits": REF}, rollout, REF).logprobs,
+            greedy_rewards=greedy_rewards,
+            key=key,
+            **dict(static),
+        )
+
+    return update
+
+
+def step(
+    name,
+    state=None,
+    rollout=ROLLOUT,
+    rewards=BATCH_REWARDS,
+    score_fn=policy_scores,
+    greedy_rewards=None,
+    key=None,
+    **more,
+):
+    """One step by a named estimator, with arguments of the update or options of the estimator."""
+    state = init_state(PARAMS, SGD, BETA) if state is None else state
+    static = {"group_size": 2} | {k: more.pop(k) for k in ("group_size", "microbatches", "noise_at_once") if k in more}
+    update = program(name, score_fn, tuple(more.items()), tuple(static.items()))
+    return update(state, rollout, rewards, greedy_rewards, key)
 
 
 def assert_close(tree, expected):
@@ -121,31 +148,33 @@ def rows_of(tree, rows):
     return jax.tree.map(lambda x: x[np.asarray(rows)], tree)
 
 
-def by_hand(state, parts, estimator="importance_token", clip=None):
+@jax.jit
+def step_by_hand(params, rollout, advantages):
+    """A plain gradient step with importance weights up to 2."""
+
+    def loss(params):
+        logprobs = scores(params, rollout, REF).logprobs
+        ratio = jax.lax.stop_gradient(jnp.exp(logprobs - rollout.behavior_logprobs))
+        terms = jnp.where(rollout.completion_mask, jnp.minimum(ratio, 2.0) * advantages[:, None] * logprobs, 0.0)
+        return -jnp.sum(terms) / len(terms)
+
+    return jax.tree.map(lambda p, g: p - 0.5 * g, params, jax.grad(loss)(params))
+
+
+def by_hand(params, parts):
     """Plain gradient steps over the parts of the batch, with RLOO's advantages of the whole of it."""
     ref = scores(PARAMS | {"logits": REF}, ROLLOUT, REF).logprobs
-    penalised = BATCH_REWARDS - BETA * jnp.sum(
-        jnp.where(ROLLOUT.completion_mask, ROLLOUT.behavior_logprobs - ref, 0.0), axis=1
-    )
-    pairs = penalised.reshape(-1, 2)
+    kl = jnp.where(ROLLOUT.completion_mask, ROLLOUT.behavior_logprobs - ref, 0.0)
+    pairs = (BATCH_REWARDS - BETA * jnp.sum(kl, axis=1)).reshape(-1, 2)
     advantages = (pairs - pairs[:, ::-1]).reshape(-1)
-    params = state.params
     for rows in parts:
-
-        def loss(params, rows=rows):
-            logprobs = scores(params, rows_of(ROLLOUT, rows), REF).logprobs
-            ratio = jax.lax.stop_gradient(jnp.exp(logprobs - ROLLOUT.behavior_logprobs[rows]))
-            mask = ROLLOUT.completion_mask[rows]
-            terms = jnp.where(mask, jnp.minimum(ratio, 2.0) * advantages[rows][:, None] * logprobs, 0.0)
-            return -jnp.sum(terms) / len(rows)
-
-        params = jax.tree.map(lambda p, g: p - 0.5 * g, params, jax.grad(loss)(params))
+        params = step_by_hand(params, rows_of(ROLLOUT, rows), advantages[rows])
     return params
 
 
 def test_epochs_go_over_the_batch_again():
     state, _ = step("importance_token", epochs=3, minibatches=1)
-    assert_close(state.params, by_hand(init_state(PARAMS, SGD, BETA), [np.arange(8)] * 3))
+    assert_close(state.params, by_hand(PARAMS, [np.arange(8)] * 3))
     assert (int(state.step), int(state.nonfinite)) == (1, 0)
 
 
@@ -156,7 +185,7 @@ def test_minibatches_are_shuffled_parts_each_with_an_update():
     assert sorted(np.concatenate(parts[:2]).tolist()) == list(range(8))
     assert parts[0].tolist() != parts[2].tolist()
     state, _ = step("importance_token", epochs=2, minibatches=2, key=key)
-    assert_close(state.params, by_hand(init_state(PARAMS, SGD, BETA), parts))
+    assert_close(state.params, by_hand(PARAMS, parts))
     other, _ = step("importance_token", epochs=2, minibatches=2, key=jax.random.key(6))
     assert jnp.max(jnp.abs(other.params["logits"] - state.params["logits"])) > 1e-4
     with pytest.raises(ValueError, match="need a key"):
@@ -204,19 +233,19 @@ def test_metrics_of_several_updates():
 
 
 def test_a_step_of_updates_that_are_not_finite_counts_once():
-    state, metrics = step("ppo", rewards=BATCH_REWARDS.at[0].set(jnp.nan), epochs=3)
+    state, metrics = step("ppo", rewards=BATCH_REWARDS.at[0].set(jnp.nan), epochs=2)
     assert (int(state.step), int(state.nonfinite), int(metrics["nonfinite"])) == (1, 1, 1)
     assert_bitwise(state.params, PARAMS)
-    state, metrics = step("ppo", state=state, rewards=BATCH_REWARDS.at[0].set(jnp.nan), epochs=3)
+    state, metrics = step("ppo", state=state, rewards=BATCH_REWARDS.at[0].set(jnp.nan), epochs=2)
     assert (int(state.step), int(state.nonfinite), int(metrics["nonfinite"])) == (2, 2, 2)
-    state, metrics = step("ppo", state=state, epochs=3)
+    state, metrics = step("ppo", state=state, epochs=2)
     assert (int(state.step), int(state.nonfinite), int(metrics["nonfinite"])) == (3, 0, 0)
 
 
-@pytest.mark.parametrize("name", ["ppo", "rloo"])
-def test_microbatches_change_nothing(name):
-    whole, metrics = step(name)
-    parts, same = step(name, microbatches=4)
+@pytest.mark.parametrize(("name", "options"), [("ppo", {"epochs": 2}), ("rloo", {})])
+def test_microbatches_change_nothing(name, options):
+    whole, metrics = step(name, **options)
+    parts, same = step(name, **options, microbatches=4)
     assert_close(parts.params, whole.params)
     assert_close(same, metrics)
 
@@ -228,7 +257,7 @@ def test_critic_learns_the_returns():
     for _ in range(60):
         state, metrics = step("reinforce_value", state, value_coefficient=2.0)
         errors.append(float(metrics["value_loss"]))
-    first = step("reinforce_value", init_state(PARAMS, SGD, 0.0))[1]
+    first = step("reinforce_value", init_state(PARAMS, SGD, 0.0), value_coefficient=2.0)[1]
     mask = np.asarray(ROLLOUT.completion_mask)
     values = np.asarray(scores(PARAMS, ROLLOUT, REF).values)
     returns = np.broadcast_to(np.asarray(BATCH_REWARDS)[:, None], mask.shape)
@@ -268,21 +297,17 @@ def moved(name, **more):
     return step(name, **more)[0].params["logits"] - PARAMS["logits"]
 
 
-def test_rewards_are_shaped_before_they_are_charged():
-    doubled = moved("rloo", rewards=2 * BATCH_REWARDS)
-    np.testing.assert_allclose(moved("rloo", reward_scale=2.0), doubled, rtol=1e-5, atol=1e-7)
-    clipped = moved("rloo", rewards=jnp.minimum(BATCH_REWARDS, 1.0))
-    np.testing.assert_allclose(moved("rloo", reward_clip=1.0), clipped, rtol=1e-5, atol=1e-7)
+def test_rewards_are_scaled_then_clipped_then_penalised_for_length_before_they_are_charged():
+    options = {"overlong_share": 0.5, "reward_scale": 2.0, "reward_clip": 3.0}
+    long = 1.0 * (jnp.sum(ROLLOUT.completion_mask, axis=1) == 2)
+    expected = moved("rloo", rewards=jnp.minimum(2 * BATCH_REWARDS, 3.0) - long)
+    np.testing.assert_allclose(moved("rloo", **options), expected, rtol=1e-5, atol=1e-7)
+    assert float(step("rloo", **options)[1]["reward"]) == pytest.approx(float(jnp.mean(BATCH_REWARDS)))
+
+
+def test_rewards_are_whitened():
     white = (BATCH_REWARDS - jnp.mean(BATCH_REWARDS)) / jnp.std(BATCH_REWARDS)
     np.testing.assert_allclose(moved("rloo", whiten_rewards=True), moved("rloo", rewards=white), rtol=1e-4, atol=1e-6)
-    long = 1.0 * (jnp.sum(ROLLOUT.completion_mask, axis=1) == 2)
-    np.testing.assert_allclose(
-        moved("rloo", overlong_share=0.5, reward_scale=2.0, reward_clip=3.0),
-        moved("rloo", rewards=jnp.minimum(2 * BATCH_REWARDS, 3.0) - long),
-        rtol=1e-5,
-        atol=1e-7,
-    )
-    assert float(step("rloo", reward_scale=2.0)[1]["reward"]) == pytest.approx(float(jnp.mean(BATCH_REWARDS)))
 
 
 def test_greedy_rewards_are_shaped_as_the_others_are():
@@ -303,16 +328,7 @@ def test_noise_is_that_of_the_groups(normalize):
     def gradient(rows):
         """The completion gradient of one pair, by an update of its own."""
         part = rows_of(ROLLOUT, rows)
-        state, _ = policy_gradient_update(
-            init_state(PARAMS, SGD, BETA),
-            part,
-            BATCH_REWARDS[rows],
-            estimator=make_estimator("rloo"),
-            score_fn=lambda params, rollout, _: scores(params, rollout, REF),
-            optimizer=SGD,
-            group_size=2,
-            ref_logprobs=scores(PARAMS | {"logits": REF}, part, REF).logprobs,
-        )
+        state, _ = step("rloo", rollout=part, rewards=BATCH_REWARDS[rows])
         return np.asarray(state.params["logits"] - PARAMS["logits"]).ravel() / 0.5
 
     gradients = np.stack([gradient(np.array([i, i + 1])) for i in range(0, 8, 2)])

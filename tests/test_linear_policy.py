@@ -79,8 +79,8 @@ def test_every_method_learns_and_results_are_written(tmp_path, capsys):
     linear_policy.main(config)
     rows = json.loads((tmp_path / "linear/table.json").read_text("utf-8"))
     assert [row["gradient"] for row in rows] == list(linear_policy.METHODS)
-    assert all(row["at the end"]["value"] > row["E[reward] at the start"]["value"] / 3 for row in rows)
-    starts = {row["gradient variance at the start"]["value"] for row in rows}
+    assert all(row["E[reward] at the end"]["value"] > row["E[reward] at the start"]["value"] / 3 for row in rows)
+    starts = {row["variance at the start"]["value"] for row in rows}
     assert len(starts) == 2 and None not in starts  # the baseline begins at zero
     assert (tmp_path / "linear/learning.png").read_bytes().startswith(b"\x89PNG")
     assert "pathwise" in capsys.readouterr().out

@@ -1,6 +1,33 @@
 """Estimators at equal samples, on two tasks whose optimum is known: walks on a graph, and a contextual bandit.
 
-python experiments/recipes/compare_estimators.py
+A run samples 1,600 completions in batches of 32, whatever the size of its groups, and is judged by how far it has
+brought reward - 0.05 KL from the reference policy's to the highest there is. Every run has a graph or a bandit of its
+own. Each estimator has the best of five learning rates, chosen on ten seeds and judged on ten others; all its runs are
+rows of one compiled program.
+
+    python experiments/recipes/compare_estimators.py
+
+Published (Ahmadian 2024, table 1, from secondary notes: win rates on TL;DR): RLOO k=4 77.9 %, k=2 74.2, RAFT k=4 73.2,
+k=2 72.1, REINFORCE with a baseline 70.7, without one 70.4, PPO 67.6. Measured on two cores of an AMD EPYC, in 4.4
+minutes of processor time: way from the reference to the optimum in %, with 95 % intervals over seeds.
+
+| estimator                 | walks       | bandit     |
+|---------------------------|-------------|------------|
+| REINFORCE                 | 96.5 ± 1.1  | 78.9 ± 4.9 |
+| REINFORCE, moving average | 95.7 ± 2.4  | 80.7 ± 3.6 |
+| RLOO k=2                  | 92.9 ± 3.7  | 77.4 ± 5.0 |
+| RLOO k=4                  | 91.8 ± 3.1  | 78.0 ± 4.0 |
+| RAFT k=2                  | 87.1 ± 7.2  | 53.1 ± 5.0 |
+| RAFT k=4                  | 93.8 ± 3.7  | 75.9 ± 2.8 |
+| GRPO k=4                  | 91.7 ± 3.2  | 82.8 ± 3.2 |
+| Dr. GRPO k=4, GRPO's KL   | 83.3 ± 4.4  | 81.7 ± 5.5 |
+| PPO                       | 74 ± 32     | 79.7 ± 5.0 |
+
+The published order is not found. What agrees: RAFT needs the larger group, and at k=2 it is behind RLOO, in the bandit
+by far. What does not: at equal samples groups bring nothing over single completions of more prompts, and in the walks,
+seed by seed, RLOO k=4 is 4.7 ± 3.0 behind REINFORCE. A group whose completions all miss the goal has no advantages to
+learn from, and a batch has fewer starts. PPO learns fast at a third of the others' rate; at the one chosen, one walker
+of ten ends below its reference (the other nine between 67 and 98 %).
 """
 
 import dataclasses
@@ -22,6 +49,7 @@ from rl_jax.models.transformer import llama
 from rl_jax.reinforce.composition import Estimator
 from rl_jax.reinforce.estimators import make_estimator
 from rl_jax.run.figures import PALETTE, draw_band, open_figure
+from rl_jax.run.folder import write_json
 from rl_jax.run.loop import run_main
 from rl_jax.run.progress import show_progress
 from rl_jax.run.spmd import make_mesh
@@ -73,7 +101,7 @@ class Config:
     """Price of a nat of divergence from the reference policy, in reward units."""
     seeds: int = 10
     """Runs that an estimator is judged by, each with a graph or a bandit of its own."""
-    selection_seeds: int = 5
+    selection_seeds: int = 10
     """Other runs, which its learning rate is chosen by."""
     walk_rates: tuple[float, ...] = (0.0001, 0.0003, 0.001, 0.003, 0.01)
     """Adam's learning rates to choose from in walks."""
@@ -298,7 +326,7 @@ def main(config: Config) -> None:
     compared = contenders(config)
     began = time.perf_counter()
     folder = open_results(config.results)
-    rows = []
+    rows, runs = [], {}
     for name, task, rates in make_tasks(config):
         field = make_field(config, task, rates)
         results = []
@@ -307,7 +335,11 @@ def main(config: Config) -> None:
                 results.append(run_contender(config, task, contender, field))
                 progress.show(len(results), {"seconds": time.perf_counter() - began})
         rows += table_rows(name, results)
+        runs[name] = {
+            result.contender.label: dict(zip(Result._fields[1:], result[1:], strict=True)) for result in results
+        }
         draw(folder / f"{name}.png", config, results, rates)
+    write_json(folder / "runs.json", runs)
     write_table(folder, rows, dataclasses.asdict(config) | {"seconds": time.perf_counter() - began})
 
 
@@ -342,7 +374,7 @@ def draw(path: Path, config: Config, results: list[Result], rates: tuple[float, 
             label.set(color=result.contender.colour, fontweight="bold")
         way = "way from the reference to the optimum, %"
         learning.set(xlabel="completions", ylabel=way, ylim=(0, 100))
-        ranking.set(xlabel=way)
+        ranking.set(xlabel=way, xlim=(None, 100))
         sensitivity.set(xlabel="learning rate", xscale="log", ylim=(0, 100))
         sensitivity.set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
         sensitivity.set_xticks([], minor=True)

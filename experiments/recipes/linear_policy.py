@@ -10,8 +10,17 @@ prompts are the states (float32 [B, 10]), its completions the sampled a (float32
 token ids). Beside it stands the pathwise, or reparameterised, gradient (Kingma 2014; Heess 2015), which differentiates
 through the reward, as no reward of text allows.
 
-What is plotted is exact: E[reward] = -(|w|^2 + (b - 1)^2 + std^2), at most -std^2 where the std is fixed; and the trace
-of the covariance of the gradient of an episode, for w and b, from the moments of the normal distribution.
+What is plotted is exact: E[reward] = -(|w|^2 + (b - 1)^2 + std^2), at most -std^2 = -0.25 where the std is fixed; and
+the trace of the covariance of the gradient of an update, for w and b, from the moments of the normal distribution.
+
+No figure is published. Measured on two cores of an AMD EPYC, in 12 seconds of processor time (means and 95 % intervals
+over 32 seeds; all start at -2.31): both gradients lead to the optimum, the pathwise one sooner, with less noise.
+
+| gradient                                | E[reward] at the end | variance at the start | at the end   |
+|-----------------------------------------|----------------------|-----------------------|--------------|
+| score function                          | -0.310 ± 0.018       | 1109 ± 198            | 55.9 ± 4.7   |
+| score function, moving-average baseline | -0.294 ± 0.012       | 1109 ± 198            | 35.9 ± 2.2   |
+| pathwise                                | -0.2764 ± 0.0042     | 101.8 ± 9.7           | 12.25 ± 0.20 |
 """
 
 import dataclasses
@@ -222,9 +231,9 @@ def main(config: Config) -> None:
         {
             "gradient": method,
             "E[reward] at the start": mean_interval(seen["reward"][:, :1]),
-            "at the end": mean_interval(seen["reward"][:, -1:]),
-            "gradient variance at the start": mean_interval(seen["grad_variance"][:, :1]),
-            "at the end ": mean_interval(seen["grad_variance"][:, -1:]),
+            "E[reward] at the end": mean_interval(seen["reward"][:, -1:]),
+            "variance at the start": mean_interval(seen["grad_variance"][:, :1]),
+            "variance at the end": mean_interval(seen["grad_variance"][:, -1:]),
         }
         for method, seen in runs.items()
     ]

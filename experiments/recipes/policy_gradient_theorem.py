@@ -16,7 +16,7 @@ Every estimate is a whole `policy_gradient_update`: parameters after it, less th
 - cosine: of the expected gradient with that of E[r] - beta KL. 1 is the direction of steepest ascent.
 - variance: trace of the covariance of one group's gradient, over the squared length of its mean.
 - off policy: bias where a policy with logits off by 0.5 sampled the groups: clips and ratios away from the start.
-- completions sampled for a prompt; passes of a model over them (reference, critic, forward and backward of each update)
+- completions sampled for a prompt; passes of a model over them (reference, critic, forward and backward of each epoch)
   in the paper's version; microseconds of an update of the table, and that time as a multiple of the first row's.
 
 Published: Williams 1992, Sutton 2000 and Kool 2019 prove that reinforce is unbiased with any baseline that does not see
@@ -285,7 +285,7 @@ def row(name: str, estimator: Estimator, measured: Measured, problem: Problem, c
         "off policy along, %": percent(off_along),
         "off policy across, %": percent(off_across),
         "completions": config.group_size + estimator.greedy,
-        "passes": (estimator.kl != "none") + estimator.critic + 2 * ESTIMATORS[name.split(",")[0]].updates,
+        "passes": (estimator.kl != "none") + estimator.critic + 2 * ESTIMATORS[name.split(",")[0]].epochs,
     }
 
 
