@@ -33,6 +33,7 @@ def make_state(step, size=1000):
         params={"w": normal, "half": normal[:, 0].astype(jnp.bfloat16), "odd": jnp.array([jnp.nan, -0.0, jnp.inf])},
         opt_state=(jnp.arange(3), {"mask": jnp.array([True, False])}),
         baseline=jnp.float32(0.25),
+        kl_coefficient=jnp.float32(0.5),
         nonfinite=jnp.int32(1),
     )
 
@@ -102,7 +103,8 @@ def test_restores_every_bit(folder):
 
 def test_restores_onto_the_devices_that_are_asked_for(folder):
     mesh = make_mesh()
-    axes = TrainState(step=None, params={"w": 0, "half": 0, "odd": None}, opt_state=None, baseline=None, nonfinite=None)
+    cut = {"w": 0, "half": 0, "odd": None}
+    axes = TrainState(step=None, params=cut, opt_state=None, baseline=None, kl_coefficient=None, nonfinite=None)
     like = put(make_state(0), mesh, axes)
     restored = restore(folder, like=like)
     assert_same_bits(restored, make_state(2))
@@ -129,7 +131,7 @@ def test_values_are_those_before_a_donation(tmp_path):
     state = put({"step": 0, "w": np.zeros((1 << 20,), np.float32)}, mesh)
 
     def as_train_state(state):
-        return TrainState(state["step"], {"w": state["w"]}, (), jnp.float32(0), jnp.int32(0))
+        return TrainState(state["step"], {"w": state["w"]}, (), jnp.float32(0), jnp.float32(0), jnp.int32(0))
 
     for _ in range(5):
         save_checkpoint(checkpoints, as_train_state(state))
@@ -145,7 +147,7 @@ def test_values_are_those_before_a_donation(tmp_path):
     close_checkpoints(checkpoints)
 
 
-@pytest.mark.parametrize("damage", [cut, os.remove, lambda path: flip(path, path.stat().st_size // 2)])
+@pytest.mark.parametrize("damage", [cut, os.remove, lambda path: flip(path, path.stat().st_size // 3)])
 @pytest.mark.parametrize("find", [data_file, record_file, structure_file])
 def test_a_damaged_checkpoint_is_passed_over(folder, damage, find):
     damage(find(folder / "2"))

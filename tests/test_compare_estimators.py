@@ -87,6 +87,16 @@ def test_a_run_learns_its_own_problem():
     assert np.any(other["reward"] != metrics["reward"])
 
 
+def test_divergence_costs_what_the_comparison_says():
+    ends = []
+    for coefficient in (0.05, 5.0):
+        config = dataclasses.replace(TINY, completions=240, kl_coefficient=coefficient)
+        run = jax.jit(make_run(config, BANDIT, contenders(config)[0]))
+        params, _ = run(({"learning_rate": 0.1, "seed": 0}, PROBLEM))
+        ends.append(float(BANDIT.evaluate(params, PROBLEM, jax.random.key(0))["kl"]))
+    assert ends[1] < 0.3 * ends[0]
+
+
 def test_field_says_where_each_run_starts_and_how_far_it_may_get():
     field = compare_estimators.make_field(TINY, bandit_task(3, TINY.contexts, TINY.arms), (0.1, 0.2))
     assert field.grid["seed"].tolist() == [0, 1, 2, 0, 1, 2]

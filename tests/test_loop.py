@@ -37,7 +37,7 @@ def checkpoints(tmp_path):
 
 
 def make_state():
-    return TrainState(jnp.int32(0), {"w": jnp.zeros((4,))}, (), jnp.float32(0), jnp.int32(0))
+    return TrainState(jnp.int32(0), {"w": jnp.zeros((4,))}, (), jnp.float32(0), jnp.float32(0), jnp.int32(0))
 
 
 @jax.jit
@@ -286,7 +286,7 @@ def main(config):
         time.sleep(0.1)
         return dataclasses.replace(state, step=state.step + 1), {"loss": state.baseline}
 
-    state = TrainState(jnp.int32(0), {}, (), jnp.float32(0), jnp.int32(0))
+    state = TrainState(jnp.int32(0), {}, (), jnp.float32(0), jnp.float32(0), jnp.int32(0))
     checkpoints, writer = open_checkpoints(config.folder, {}), open_metrics(config.folder)
     train(step_fn, state, stage="rl", steps=1000, writer=writer, checkpoints=checkpoints, checkpoint_every=1000)
 
