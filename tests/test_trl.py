@@ -149,7 +149,7 @@ def test_rows_of_the_table_from_rewards_to_gradient(name, folder):
     Clipped is a share of the tokens in both. But TRL counts completions for GSPO, and for CISPO tokens of positive
     advantages alone; here a cap shrinks the gradient of a token that is to become less likely as well, and counts it.
     """
-    estimator = make_estimator(name, **({"ratio_cap": 1.2} if name == "cispo" else {}))
+    estimator = make_estimator(name, minibatches=1, **({"ratio_cap": 1.2} if name == "cispo" else {}))
     reward_funcs = [given_rewards]
     if estimator.overlong_share:
         reward_funcs.append(overlong_reward(estimator.overlong_share))
@@ -249,7 +249,7 @@ def test_a_batch_in_parts(folder):
             gradients.append(leaf.grad.numpy())
         return np.concatenate(gradients)
 
-    estimator = make_estimator("dapo", overlong_share=0.0, clip_high=0.2)
+    estimator = make_estimator("dapo", overlong_share=0.0, clip_high=0.2, minibatches=1)
     whole, _ = our_step(estimator)
     parts, _ = our_step(estimator, microbatches=2)
     np.testing.assert_allclose(parts, whole, **CLOSE)
@@ -352,7 +352,8 @@ def test_the_gradient_of_a_transformer(tmp_path):
     TRL's entropy bonus is a mean over tokens whatever the loss is a mean of; here it has the weights of the loss.
     """
     policy, reference = saved(tmp_path / "policy", LLAMA), saved(tmp_path / "reference", LLAMA, seed=1)
-    estimator = make_estimator("dapo", kl="k3_loss", kl_coefficient=0.1, entropy_coefficient=0.02, overlong_share=0.0)
+    changes = {"kl": "k3_loss", "kl_coefficient": 0.1, "overlong_share": 0.0, "minibatches": 1}
+    estimator = make_estimator("dapo", entropy_coefficient=0.02, **changes)
     options = {"temperature": TEMPERATURE, "entropy_coef": 0.02, **NAMES["dapo"], **trl_options(estimator)}
     trainer = make_trainer(tmp_path / "policy", **options)
     trainer.ref_model.load_state_dict(load_model(tmp_path / "reference").state_dict())
