@@ -109,6 +109,7 @@ def estimator_metrics(config, name, **options):
 def test_every_estimator_runs(config, name):
     common = {"kl", "kl_k1", "entropy", "zero_signal_groups", "clipped", "ratio_min", "ratio_max", "truncated"}
     common |= {"effective_sample_size", "logprob_gap", "grad_norm", "kl_coefficient"}
+    config = change(config, "reward", RewardConfig(("keyword",), keywords=("a",)))
     row = estimator_metrics(config, name)[-1]
     assert common <= set(row)
     assert ("explained_variance" in row) == ESTIMATORS[name].critic
