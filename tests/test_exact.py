@@ -63,6 +63,7 @@ def test_enumeration_is_the_oracles():
 def test_what_cannot_be_enumerated_is_refused():
     assert len(exact.enumerate_completions(10, 4, ())[0]) == 10_000
     assert exact.enumerate_completions(1, 3, ())[0].tolist() == [[0, 0, 0]]
+    assert len(exact.enumerate_completions(20_000, 1, ())[0]) == 20_000
     assert len(exact.enumerate_completions(6, 6, (5,))[0]) == sum(5**c for c in range(5)) + 5**5 * 6  # 19,531
     with pytest.raises(InputError, match="has 66430 completions"):
         exact.enumerate_completions(10, 5, (9,))
@@ -177,6 +178,18 @@ def test_best_of_n_divergence_is_below_its_bound_and_near_it_for_many_rewards(n,
     few = exact.best_of_n_logprobs(policies()[0], tied_rewards(), n)
     np.testing.assert_allclose(jnp.sum(jnp.exp(few), axis=1), 1, rtol=1e-4)
     assert jnp.all(exact.sequence_kl(few, policies()[0]) < bound - 0.03)
+
+
+@pytest.mark.parametrize("n", [2, 100_000])
+def test_best_of_n_is_accurate_where_powers_and_rounding_are_large(n):
+    order = np.random.default_rng(0).permutation(10_000)
+    highest = (order + 1) / 10_000  # the probability of a reward no higher
+    uniform = jnp.full((1, 10_000), -math.log(10_000))
+    expected = highest**n - (highest - 1e-4) ** n
+    seen = expected > 1e-9
+    found = exact.best_of_n_logprobs(uniform, jnp.asarray(order[None], jnp.float32), n)[0]
+    np.testing.assert_allclose(found[seen], np.log(expected[seen]), atol=1e-5)
+    np.testing.assert_allclose(exact.best_of_n_logprobs(uniform, jnp.zeros((1, 10_000)), n), uniform, atol=1e-5)
 
 
 VOCAB, COMPLETION, GROUP = 3, 2, 4
@@ -363,6 +376,9 @@ def test_picked_completions_are_rows_with_behaviour():
     [
         lambda x: exact.sequence_kl(x[0], x[0]),
         lambda x: exact.sequence_kl(x, x[:1]),
+        lambda x: exact.objective(x[0], x[0], x[0], 0.1),
+        lambda x: exact.optimal_policy(x[0], x[0], 0.1),
+        lambda x: exact.best_of_n_logprobs(x[0], x[0], 2),
         lambda x: exact.objective(x, x, x[:, :1], 0.1),
         lambda x: exact.optimal_policy(x, x[0], 0.1),
         lambda x: exact.frontier(x, x, 0.1),
