@@ -42,23 +42,20 @@ UNBIASED = ["reinforce", "reinforce_moving_average", "reinforce_value", "reinfor
 UNBIASED += ["importance_token", "importance_sequence"]
 
 
-def one_update(estimator, baseline, rollout):
+def one_update(estimator, params, ref, baseline, rollout, rewards):
     """What a whole update does to the logits with a learning rate of 1: the estimate of the gradient."""
-    state = dataclasses.replace(init_state(PARAMS, SGD, BETA), baseline=baseline)
-    ref_logprobs = scores(PARAMS | {"logits": REF}, rollout, REF).logprobs
-    rewards = REWARDS[codes(rollout)]
     updated, _ = policy_gradient_update(
-        state,
+        dataclasses.replace(init_state(params, SGD, BETA), baseline=baseline),
         rollout,
         rewards,
         estimator=estimator,
-        score_fn=lambda params, rollout, _: scores(params, rollout, REF),
+        score_fn=lambda params, rollout, _: scores(params, rollout, ref),
         optimizer=SGD,
         group_size=GROUP,
-        ref_logprobs=ref_logprobs,
+        ref_logprobs=scores(params | {"logits": ref}, rollout, ref).logprobs,
         greedy_rewards=jnp.full(rewards.shape, GREEDY),
     )
-    return updated.params["logits"] - TABLE
+    return updated.params["logits"] - params["logits"]
 
 
 def single(name, **options):
@@ -73,7 +70,9 @@ def compiled(estimator):
 
     @jax.jit
     def mean(behavior, baseline):
-        update = functools.partial(one_update, estimator, baseline)
+        def update(rollout):
+            return one_update(estimator, PARAMS, REF, baseline, rollout, REWARDS[codes(rollout)])
+
         return exact.expected_gradient(update, ALL, score_all(behavior), GROUP)
 
     return mean
@@ -251,33 +250,23 @@ def two_rewards(rollout):
     return REWARDS[codes(rollout)] * jnp.where(rollout.prompts[:, -1] == 0, 1.0, -2.0)
 
 
+def two_params(table):
+    return {"logits": table, "values": jnp.tile(PARAMS["values"], (2, 1))}
+
+
 def two_scores(table, rollout):
-    return scores({"logits": table, "values": jnp.tile(PARAMS["values"], (2, 1))}, rollout, TWO_REF)
+    return scores(two_params(table), rollout, TWO_REF)
 
 
 @functools.cache
 def sampled(name):
     """The estimate of each of many batches, and the parameters with an effect. [BATCHES, parameters]."""
-    estimator = single(name)
-    token_logprobs = two_scores(TWO, PROMPTS).logprobs
-    params = {"logits": TWO, "values": jnp.tile(PARAMS["values"], (2, 1))}
-    state = dataclasses.replace(init_state(params, SGD, BETA), baseline=jnp.float32(BASELINE))
+    estimator, token_logprobs = single(name), two_scores(TWO, PROMPTS).logprobs
 
     def update(key):
         rollout = exact.draw_groups(key, PROMPTS, token_logprobs, 2, GROUP)
-        rewards = two_rewards(rollout)
-        updated, _ = policy_gradient_update(
-            state,
-            rollout,
-            rewards,
-            estimator=estimator,
-            score_fn=lambda params, rollout, _: scores(params, rollout, TWO_REF),
-            optimizer=SGD,
-            group_size=GROUP,
-            ref_logprobs=scores({**params, "logits": TWO_REF}, rollout, TWO_REF).logprobs,
-            greedy_rewards=jnp.full(rewards.shape, GREEDY),
-        )
-        return (updated.params["logits"] - TWO).reshape(-1)
+        baseline = jnp.float32(BASELINE)
+        return one_update(estimator, two_params(TWO), TWO_REF, baseline, rollout, two_rewards(rollout)).reshape(-1)
 
     keys = jax.random.split(jax.random.key(7), BATCHES)
     return np.asarray(jax.jit(jax.vmap(update))(keys))

@@ -166,6 +166,19 @@ def test_best_of_n_is_the_first_best_of_every_n_samples(n):
     np.testing.assert_allclose(jnp.exp(exact.best_of_n_logprobs(logprobs, rewards, n)), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_best_of_n_has_the_gradient_of_finite_differences(n):
+    logits, rewards = jnp.array([0.3, -0.4, 0.9, 0.1]), jnp.array([[1.0, 0.0, 2.0, 1.0]])  # a tie, and a lowest
+
+    def expected(logits):
+        best = exact.best_of_n_logprobs(jax.nn.log_softmax(logits)[None], rewards, n)
+        return jnp.sum(jnp.exp(best) * rewards)
+
+    step = 1e-2 * jnp.eye(4)
+    differences = [(expected(logits + d) - expected(logits - d)) / 2e-2 for d in step]
+    np.testing.assert_allclose(jax.grad(expected)(logits), differences, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize(("n", "published"), [(4, 0.636), (16, 1.835), (64, 3.175), (256, 4.549)])
 def test_best_of_n_divergence_is_below_its_bound_and_near_it_for_many_rewards(n, published):
     bound = math.log(n) - (n - 1) / n

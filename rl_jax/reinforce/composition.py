@@ -128,7 +128,7 @@ class Estimator:
             idle |= {"sampling_rounds"}
         if self.whiten_advantages:  # what is subtracted from all alike is subtracted again
             idle |= {"baseline_decay"}
-        scale_free = (self.whiten_advantages and not self.critic) or _unbound(self.advantages) in SCALE_FREE
+        scale_free = (self.whiten_advantages and not self.critic) or self.advantages in SCALE_FREE
         if scale_free and self.kl != "k1_reward" and not self.overlong_share:
             idle |= {"reward_scale", "whiten_rewards"}
         return idle

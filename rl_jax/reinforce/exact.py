@@ -201,7 +201,8 @@ def best_of_n_logprobs(logprobs: Array, rewards: Array, n: Array | int) -> Array
         log_no_higher = jnp.where(higher < 0.5, jnp.log1p(-higher), jnp.log(no_higher))
         # And F^n - (F - p)^n over p is F^(n - 1) (1 - (1 - s)^n) / s with s = p / F: no difference of near equals.
         share = jnp.clip(_if_possible(logprobs, equal / no_higher, 0.5), 0.0, 1.0)
-        wins = -jnp.expm1(n * jnp.log1p(-share)) / share
+        partial = jnp.where(share < 1, share, 0.5)  # where it is all there is, the logarithm has no gradient
+        wins = jnp.where(share < 1, -jnp.expm1(n * jnp.log1p(-partial)), 1.0) / share
         return logprobs + (n - 1) * _if_possible(logprobs, log_no_higher) + jnp.log(wins)
 
     return jax.vmap(of_prompt)(logprobs, rewards)
