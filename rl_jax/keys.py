@@ -16,6 +16,9 @@ class Purpose(enum.IntEnum):
     EVALUATE = 2
     SHUFFLE = 3
     REFILL = 4
+    REFERENCE = 5
+    PREFERENCE = 6
+    HEAD = 7
 
 
 def check_seed(seed: int) -> None:

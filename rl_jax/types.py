@@ -58,6 +58,29 @@ class TrainState:
     nonfinite: Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PreferenceBatch:
+    """Prompts, K candidate completions of each, and how good these were judged to be.
+
+    Attributes:
+        prompts: token ids, left-padded. int32 [B, P].
+        prompt_mask: true on real prompt tokens. bool [B, P].
+        completions: token ids from column 0; the padding after the end means nothing. int32 [B, K, C].
+        completion_mask: true on real completion tokens; nowhere for a candidate that a prompt lacks. bool [B, K, C].
+        labels: of a pair, the share of the judges who prefer each, 0.5 each for a tie; of more candidates, numbers
+            that order them, higher is better; of a single one, its rating. float32 [B, K].
+        margins: reward by which the preferred of a pair is to lead; 0 where nobody said. float32 [B].
+    """
+
+    prompts: Array
+    prompt_mask: Array
+    completions: Array
+    completion_mask: Array
+    labels: Array
+    margins: Array
+
+
 RewardFn = Callable[[Rollout], Array]
 """Rollout -> reward [B], one scalar a completion."""
 

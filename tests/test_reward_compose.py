@@ -98,7 +98,7 @@ def test_rewards_on_tokens_are_weighted_and_summed(tokenizer, rollout):
     assert reward.on_text is None
     # Lengths 4 and 2; bigrams AA AA A0 and B0; three of four and one of two tokens are abab or " abab".
     expected = [-1 + 2 * (-1 / 3) - 0.5 * 3 / 4, 0 + 0 - 0.5 * 1 / 2]
-    total = jax.jit(reward.on_tokens)(rollout)
+    total = jax.jit(reward.on_tokens)((), rollout)
     assert (total.shape, total.dtype) == ((2,), jnp.float32)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
 
@@ -114,13 +114,13 @@ def test_both_kinds_together(tokenizer, rollout):
     reward = make_reward(config, tokenizer)
     assert reward.name == "2 keyword + length + 0.25 regex"
     assert reward.on_text("p", "One 1") == 2 * 0.5 + 0.25
-    np.testing.assert_allclose(reward.on_tokens(rollout), [0, -0.5])
+    np.testing.assert_allclose(reward.on_tokens((), rollout), [0, -0.5])
 
 
 def test_the_users_own_functions(tokenizer, rollout, own_module):
     names = ("own_reward:tokens", "own_reward:tokens_with_default", "own_reward:text", "own_reward:text_with_default")
     reward = make_reward(RewardConfig(names=names, weights=(1, 1, 10, 1)), tokenizer)
-    np.testing.assert_allclose(reward.on_tokens(rollout), [0.5 * 4 + 2 * 4, 0.5 * 2 + 2 * 2])
+    np.testing.assert_allclose(reward.on_tokens((), rollout), [0.5 * 4 + 2 * 4, 0.5 * 2 + 2 * 2])
     assert reward.on_text("abc", "x") == 10 * 2 + 3
     assert "own_reward:text" in reward.name
 

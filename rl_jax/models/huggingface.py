@@ -249,18 +249,9 @@ def load_policy(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32",
     """
     from rl_jax.data.tokenizer import load_tokenizer  # slow to import
 
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} is not a policy: it has no {name}. Give the policy folder of a run.")
-    try:
-        settings = json.loads((folder / "config.json").read_text("utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise InputError(f"{folder / 'config.json'} cannot be read ({error}); copy or train it again.") from error
-    config = dataclasses.replace(from_settings(settings), dtype=dtype, remat=remat)
-    try:
-        tensors = load_file(folder / "model.safetensors")
-    except SafetensorError as error:
-        raise InputError(f"{folder / 'model.safetensors'} cannot be read ({error}); copy or train it again.") from error
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"{folder} is not a policy: it has no tokenizer.json. Give the policy folder of a run.")
+    config, tensors = read_model(folder, dtype, remat)
     tokenizer = load_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         raise InputError(f"The tokenizer in {folder} has no end-of-sequence token, which is what ends a completion.")
@@ -269,3 +260,25 @@ def load_policy(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32",
             f"The tokenizer in {folder} has {len(tokenizer)} tokens, and the model a vocabulary of {config.vocab_size}."
         )
     return Policy(from_tensors(tensors, config), config, tokenizer)
+
+
+def read_model(
+    folder: Path, dtype: Literal["float32", "bfloat16"] = "float32", remat: bool = False
+) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
+    """The configuration and the named tensors in a model's folder.
+
+    Raises:
+        InputError: there is no model, one that is damaged, or one of a kind that is not supported.
+    """
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is not a model: it has no {name}. Give the policy folder of a run.")
+    try:
+        settings = json.loads((folder / "config.json").read_text("utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise InputError(f"{folder / 'config.json'} cannot be read ({error}); copy or train it again.") from error
+    config = dataclasses.replace(from_settings(settings), dtype=dtype, remat=remat)
+    try:
+        return config, load_file(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise InputError(f"{folder / 'model.safetensors'} cannot be read ({error}); copy or train it again.") from error

@@ -11,30 +11,48 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import tyro
 from transformers import PreTrainedTokenizerBase
 
 from rl_jax.errors import InputError
+from rl_jax.models.reward_model import RewardModel, load_reward_model, members
+from rl_jax.rewards.learned import (
+    Combination,
+    learned_reward,
+    mean_minus_spread_reward,
+    mean_reward,
+    minimum_reward,
+)
 from rl_jax.rewards.text import TextReward, keyword_reward, regex_reward, score_text, sentiment
 from rl_jax.rewards.tokens import length_reward, repetition_penalty, token_share
-from rl_jax.types import Array, RewardFn, Rollout
+from rl_jax.types import Array, PyTree, RewardFn, Rollout
 
-BUILT_IN = ("sentiment", "length", "keyword", "regex", "repetition", "tokens")
+BUILT_IN = ("sentiment", "length", "keyword", "regex", "repetition", "tokens", "learned")
+SETTINGS = {  # which rewards use a setting, and whether they need it
+    "keywords": (("keyword", "tokens"), True),
+    "pattern": (("regex",), True),
+    "target_length": (("length",), True),
+    "model": (("learned",), False),
+    "combine": (("learned",), False),
+    "spread_weight": (("learned",), False),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
     """What a completion is rewarded for."""
 
-    names: tuple[str, ...] = ("sentiment",)
+    names: Annotated[tuple[str, ...], tyro.conf.arg(name="")] = ("sentiment",)
     """Rewards to add up. sentiment: VADER's compound score, in [-1, 1]. length: minus the distance from
     target_length, as a share of it. keyword: share of the keywords that occur. regex: 1 where the pattern matches,
-    else 0. repetition: minus the share of repeated bigrams. tokens: share of the tokens that are keywords.
-    module:function is your own, of one rollout (JAX, gives [B]) or of a prompt and a completion (strings, gives a
-    number); the module may be in the current directory."""
+    else 0. repetition: minus the share of repeated bigrams. tokens: share of the tokens that are keywords. learned: a
+    reward model's, mean 0 and variance 1 on the reference policy. module:function is your own, of one rollout (JAX,
+    gives [B]) or of a prompt and a completion (strings, gives a number); the module may be in the current directory."""
 
     weights: tuple[float, ...] = ()
     """The factor of each reward, in the order of names; all 1 when empty."""
@@ -48,36 +66,55 @@ class RewardConfig:
     target_length: int = 0
     """Length that the reward length asks for, in tokens, at least 1."""
 
+    model: Path | None = None
+    """Folder of the reward model that the reward learned is given by."""
+
+    combine: Literal["mean", "minimum", "mean_minus_spread"] | None = None
+    """How the members of an ensemble make one reward; mean where none is given. mean_minus_spread takes off
+    spread_weight times their standard deviation."""
+
+    spread_weight: float = 0.0
+    """The factor of the spread in mean_minus_spread, above 0."""
+
 
 class Reward(NamedTuple):
     """A reward in its two parts, whose sum it is; a part that has nothing in it is None.
 
     Attributes:
         name: for people, such as "sentiment + 0.5 repetition".
-        on_tokens: the part inside the compiled step, Rollout -> [B].
+        on_tokens: the part inside the compiled step, params, Rollout -> [B].
         on_text: the part on the host, prompt, completion -> number.
+        params: what the part inside the step is given: those of a reward model, or nothing.
     """
 
     name: str
-    on_tokens: RewardFn | None
+    on_tokens: Callable[[PyTree, Rollout], Array] | None
     on_text: TextReward | None
+    params: PyTree = ()
 
 
-def make_reward(config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> Reward:
+def make_reward(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, model: RewardModel | None = None) -> Reward:
     """Checks a configuration and builds the reward that it describes.
 
+    Args:
+        config: what it is made of.
+        tokenizer: the policy's.
+        model: what the reward learned is given by, where it is not read from a folder.
+
     Raises:
-        InputError: a name is unknown, a setting is missing, wrong or unused, or a function of the user's cannot be
-            imported or gives something other than [B] floats.
+        InputError: a name is unknown, a setting is missing, wrong or unused, a reward model cannot be read or has
+            another vocabulary, or a function of the user's cannot be imported or gives something other than [B] floats.
     """
     _check(config)
+    if "learned" in config.names:
+        model = _reward_model(config, tokenizer, model)
     weights = config.weights or (1.0,) * len(config.names)
-    parts = [_part(name, config, tokenizer) for name in config.names]
+    parts = [_part(name, config, tokenizer, model) for name in config.names]
     on_tokens = [(weight, part) for weight, (part, _) in zip(weights, parts, strict=True) if part]
     on_text = [(weight, part) for weight, (_, part) in zip(weights, parts, strict=True) if part]
 
-    def tokens_sum(rollout: Rollout) -> Array:
-        return functools.reduce(operator.add, (weight * reward(rollout) for weight, reward in on_tokens))
+    def tokens_sum(params: PyTree, rollout: Rollout) -> Array:
+        return functools.reduce(operator.add, (weight * reward(params, rollout) for weight, reward in on_tokens))
 
     def text_sum(prompt: str, completion: str) -> float:
         return sum(weight * score_text(reward, prompt, completion) for weight, reward in on_text)
@@ -86,6 +123,7 @@ def make_reward(config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> Rew
         name=_sum_name(config.names, weights),
         on_tokens=tokens_sum if on_tokens else None,
         on_text=text_sum if on_text else None,
+        params=model.params if model and "learned" in config.names else (),
     )
 
 
@@ -103,13 +141,9 @@ def _check(config: RewardConfig) -> None:
         )
     if not all(map(math.isfinite, config.weights)):
         raise InputError(f"the weights {config.weights} are not all finite numbers")
-    for setting, users in (
-        ("keywords", ("keyword", "tokens")),
-        ("pattern", ("regex",)),
-        ("target_length", ("length",)),
-    ):
-        given, used = bool(getattr(config, setting)), any(user in config.names for user in users)
-        if used and not given:
+    for setting, (users, needed) in SETTINGS.items():
+        given, used = getattr(config, setting) not in (None, (), "", 0), any(user in config.names for user in users)
+        if used and needed and not given:
             raise InputError(f"the reward {' or '.join(u for u in users if u in config.names)} needs {setting}")
         if given and not used:
             raise InputError(f"{setting} is given, and no reward uses it: name {' or '.join(users)}, or leave it out")
@@ -117,17 +151,46 @@ def _check(config: RewardConfig) -> None:
         raise InputError("a keyword is empty: give words, or leave it out")
     if config.target_length < 0:
         raise InputError(f"target_length is {config.target_length}: give at least 1 token")
+    spread = config.combine == "mean_minus_spread"
+    if not 0 <= config.spread_weight < math.inf or spread != (config.spread_weight > 0):
+        raise InputError("mean_minus_spread takes a spread_weight above 0, and nothing else does")
     try:
         re.compile(config.pattern)
     except re.error as error:
         raise InputError(f"the pattern {config.pattern!r} is not a regular expression: {error}") from error
 
 
+def _reward_model(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, model: RewardModel | None) -> RewardModel:
+    """The reward model that is given, or that the configuration names."""
+    if config.model is not None:
+        model = load_reward_model(config.model)
+    if model is None:
+        raise InputError("the reward learned needs model, the folder of a reward model that train_reward.py wrote")
+    if model.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise InputError("the reward model has another vocabulary than the policy: train it from this policy")
+    if config.combine is not None and members(model.params) == 1:
+        raise InputError("combine has no effect: the reward model has one member; train it with more, or leave it out")
+    return model
+
+
+def combination(config: RewardConfig) -> Combination:
+    """How the members of an ensemble make one reward."""
+    match config.combine:
+        case None | "mean":
+            return mean_reward
+        case "minimum":
+            return minimum_reward
+    return functools.partial(mean_minus_spread_reward, spread_weight=config.spread_weight)
+
+
 def _part(
-    name: str, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[RewardFn | None, TextReward | None]:
+    name: str, config: RewardConfig, tokenizer: PreTrainedTokenizerBase, model: RewardModel | None
+) -> tuple[Callable[[PyTree, Rollout], Array] | None, TextReward | None]:
     """The reward of that name as a function of tokens or as one of text; the other is None."""
     match name:
+        case "learned":
+            assert model is not None, "it was read"
+            return functools.partial(learned_reward, config=model.config, combine=combination(config)), None
         case "sentiment":
             return None, sentiment
         case "keyword":
@@ -135,17 +198,17 @@ def _part(
         case "regex":
             return None, lambda prompt, completion: regex_reward(completion, config.pattern)
         case "length":
-            return lambda rollout: length_reward(rollout, config.target_length), None
+            return lambda params, rollout: length_reward(rollout, config.target_length), None
         case "repetition":
-            return repetition_penalty, None
+            return lambda params, rollout: repetition_penalty(rollout), None
         case "tokens":
             token_ids = keyword_ids(tokenizer, config.keywords)
-            return lambda rollout: token_share(rollout, jnp.asarray(token_ids)), None
+            return lambda params, rollout: token_share(rollout, jnp.asarray(token_ids)), None
     function = _import_function(name)
     match _fewest_arguments(function):
         case 1:
             _check_shape(name, function)
-            return function, None
+            return lambda params, rollout: function(rollout), None
         case 2:
             return None, function
     raise InputError(

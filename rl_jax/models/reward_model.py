@@ -1,0 +1,191 @@
+"""Reward models: a Transformer whose state at the last real token a linear head reads, alone or as an ensemble.
+
+The parameters of a member are its backbone's, "reward_head" and "normalizer" beside them; those of an ensemble have one
+more leading axis. Letters: K members or candidates, B sequences, P prompt length, C completion length, T = P + C.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from rl_jax.errors import InputError
+from rl_jax.models.huggingface import family, from_tensors, read_model, to_settings, to_tensors
+from rl_jax.models.transformer import TransformerConfig, hidden_states
+from rl_jax.types import Array, PreferenceBatch, PyTree, Rollout
+
+HEAD = "score.weight"  # its name in the classifiers of transformers
+
+
+class RewardModel(NamedTuple):
+    """An ensemble of reward models, often of one: parameters [K, ...], the members' configuration, and tokenizer."""
+
+    params: PyTree
+    config: TransformerConfig
+    tokenizer: Any
+
+
+def init_reward_params(key: Array, backbone: PyTree, config: TransformerConfig) -> PyTree:
+    """A member that begins as a backbone with a random head, of variance 1 / (D + 1) (Stiennon 2020, appendix B).
+
+    Args:
+        key: of the head.
+        backbone: its parameters, from `make_backbone`.
+        config: its configuration.
+    """
+    kernel = jax.random.normal(key, (config.width, 1)) / (config.width + 1) ** 0.5
+    return {**backbone, "reward_head": {"kernel": kernel}, "normalizer": {"mean": jnp.zeros(()), "std": jnp.ones(())}}
+
+
+def make_backbone(
+    params: PyTree, config: TransformerConfig, layers: int | None = None
+) -> tuple[PyTree, TransformerConfig]:
+    """A language model without its output, and with its first blocks alone where `layers` says so.
+
+    Raises:
+        InputError: it has fewer blocks.
+    """
+    layers = config.layers if layers is None else layers
+    if not 1 <= layers <= config.layers:
+        raise InputError(f"layers is {layers}; the backbone has {config.layers} blocks to choose from.")
+    dropped = {"output", "value_head"} | {f"block_{layer}" for layer in range(layers, config.layers)}
+    kept = {name: value for name, value in params.items() if name not in dropped}
+    return kept, dataclasses.replace(config, layers=layers, tied=True)
+
+
+def sequence_rewards(params: PyTree, tokens: Array, mask: Array, config: TransformerConfig) -> Array:
+    """What a member's head reads at the last real token of each sequence, before it is normalised.
+
+    Args:
+        params: of one member.
+        tokens: int32 [B, T].
+        mask: true on real tokens; padding may stand on either side. bool [B, T].
+        config: the member's configuration.
+
+    Returns:
+        float32 [B]; without a meaning for a sequence that has no real token.
+    """
+    states = hidden_states(params, tokens, mask, config)
+    last = mask.shape[1] - 1 - jnp.argmax(jnp.flip(mask, axis=1), axis=1)
+    final = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
+    return jnp.einsum("bd,dk->bk", final.astype(jnp.float32), params["reward_head"]["kernel"])[:, 0]
+
+
+def raw_rewards(params: PyTree, rollout: Rollout, config: TransformerConfig) -> Array:
+    """A member's reward of each completion, before it is normalised. [B]."""
+    tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
+    mask = jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)
+    return sequence_rewards(params, tokens, mask, config)
+
+
+def completion_rewards(params: PyTree, rollout: Rollout, config: TransformerConfig) -> Array:
+    """A member's reward of each completion: mean 0 and variance 1 where it was normalised. [B]."""
+    normalizer = params["normalizer"]
+    return (raw_rewards(params, rollout, config) - normalizer["mean"]) / normalizer["std"]
+
+
+def candidates_rollout(batch: PreferenceBatch) -> Rollout:
+    """Judged candidates as a rollout of B * K sequences, those of a prompt consecutive; its policy is unknown."""
+    candidates, length = batch.completions.shape[1:]
+    chex.assert_equal_shape([batch.completions, batch.completion_mask])
+    completions = batch.completions.reshape(-1, length)
+    return Rollout(
+        prompts=jnp.repeat(batch.prompts, candidates, axis=0),
+        prompt_mask=jnp.repeat(batch.prompt_mask, candidates, axis=0),
+        completions=completions,
+        completion_mask=batch.completion_mask.reshape(-1, length),
+        behavior_logprobs=jnp.zeros(completions.shape),
+        truncated=jnp.zeros(len(completions), bool),
+    )
+
+
+def candidate_rewards(params: PyTree, batch: PreferenceBatch, config: TransformerConfig) -> Array:
+    """A member's reward of each candidate, before it is normalised. [B, K]."""
+    return raw_rewards(params, candidates_rollout(batch), config).reshape(batch.labels.shape)
+
+
+def ensemble_rewards(params: PyTree, rollout: Rollout, config: TransformerConfig) -> Array:
+    """The rewards of every member. [K, B]."""
+    return jax.vmap(lambda member: completion_rewards(member, rollout, config))(params)
+
+
+def members(params: PyTree) -> int:
+    """How many members an ensemble has."""
+    return jax.tree.leaves(params)[0].shape[0]
+
+
+def normalize(params: PyTree, rewards: np.ndarray) -> PyTree:
+    """The ensemble that gives mean 0 and variance 1 where it now gives `rewards` [K, M] (Ziegler 2019, section 2.1).
+
+    Raises:
+        InputError: a member gives the same reward to all.
+    """
+    mean, std = (np.asarray(x, np.float64) for x in (rewards.mean(axis=1), rewards.std(axis=1)))
+    if not np.all(std > 0):
+        raise InputError("The reward model gives every completion the same reward: train it longer, or on other data.")
+    old = params["normalizer"]
+    mean = np.asarray(old["mean"]) + mean * np.asarray(old["std"])
+    std = std * np.asarray(old["std"])
+    return {**params, "normalizer": {"mean": jnp.asarray(mean, jnp.float32), "std": jnp.asarray(std, jnp.float32)}}
+
+
+def save_reward_model(folder: Path, model: RewardModel) -> None:
+    """Write an ensemble: a folder for each member, which `transformers` loads as a classifier of one label.
+
+    `AutoModelForSequenceClassification` gives the reward before it is normalised; mean and standard deviation are in
+    reward.json.
+    """
+    model.tokenizer.save_pretrained(folder)
+    settings = to_settings(model.config, model.tokenizer.eos_token_id, model.tokenizer.bos_token_id)
+    architecture = settings["architectures"][0]
+    for ending in ("ForCausalLM", "LMHeadModel"):
+        architecture = architecture.replace(ending, "ForSequenceClassification")
+    settings |= {"architectures": [architecture], "num_labels": 1, "pad_token_id": None}
+    prefix = "transformer." if family(model.config) == "gpt2" else ""
+    for number in range(members(model.params)):
+        member = jax.tree.map(lambda x, number=number: x[number], model.params)
+        kernel = member["reward_head"]["kernel"]
+        tensors = {prefix + name: value for name, value in to_tensors(member, model.config).items()}
+        tensors[HEAD] = np.ascontiguousarray(np.asarray(kernel, np.float32).T)
+        place = folder / f"member_{number}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    normalizer = {name: np.asarray(value).tolist() for name, value in model.params["normalizer"].items()}
+    (folder / "reward.json").write_text(json.dumps(normalizer, indent=2) + "\n", "utf-8")
+
+
+def load_reward_model(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> RewardModel:
+    """Read an ensemble that `save_reward_model` wrote.
+
+    Raises:
+        InputError: the folder is not a reward model, or is damaged.
+    """
+    from rl_jax.data.tokenizer import load_tokenizer  # slow to import
+
+    try:
+        normalizer = json.loads((folder / "reward.json").read_text("utf-8"))
+        count = len(normalizer["mean"])
+        normalizer = {name: jnp.asarray(normalizer[name], jnp.float32).reshape(count) for name in ("mean", "std")}
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder} is not a reward model: it has no reward.json. Give one of train_reward.py's."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'reward.json'} cannot be read ({error}); copy or train it again.") from error
+    parts = []
+    for number in range(count):
+        config, tensors = read_model(folder / f"member_{number}", dtype)
+        head = tensors.pop(HEAD, None)
+        if head is None or head.shape != (1, config.width):
+            raise InputError(f"{folder / f'member_{number}'} has no reward head of {config.width} numbers ({HEAD}).")
+        kernel = {"kernel": jnp.array(head.T, jnp.float32)}
+        parts.append({**from_tensors(tensors, config), "reward_head": kernel})
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    return RewardModel({**params, "normalizer": normalizer}, config, load_tokenizer(folder))
