@@ -1,8 +1,9 @@
-"""Learning from unlabelled text: the gradient of the cross-entropy of packed windows.
+"""Learning from text: the gradient of the cross-entropy of packed windows, or of completions given their prompts.
 
-Letters: B windows, L predicted tokens of each.
+Letters: B windows or prompts, L predicted tokens of a window, C completion length.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -11,8 +12,8 @@ from rl_jax.microbatch import sum_over_microbatches
 from rl_jax.models.transformer import TransformerConfig, hidden_states
 from rl_jax.reinforce.objectives import token_weights
 from rl_jax.sampling import Sampling
-from rl_jax.scoring import token_scores
-from rl_jax.types import Array, Metrics, PyTree
+from rl_jax.scoring import completion_logprobs, token_scores
+from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, Rollout
 
 
 def language_model_logprobs(params: PyTree, tokens: Array, config: TransformerConfig) -> Array:
@@ -52,3 +53,51 @@ def pretrain_gradient(
 def held_out_nats(params: PyTree, tokens: Array, mask: Array, config: TransformerConfig) -> Array:
     """Sum of the cross-entropy of the targets under the mask, nats. int32 [B, L + 1], bool [B, L] -> []."""
     return -masked_sum(language_model_logprobs(params, tokens, config), mask)
+
+
+def finetune_gradient(
+    params: PyTree, batch: PreferenceBatch, config: TransformerConfig, microbatches: int = 1
+) -> tuple[PyTree, Metrics]:
+    """Gradient of the mean cross-entropy of the tokens of completions, given their prompts; prompts cost nothing.
+
+    Supervised fine-tuning, as Ziegler 2019, Stiennon 2020 and Ouyang 2022 have it between pretraining and the reward.
+
+    Args:
+        params: the model's parameters.
+        batch: prompts with one completion each, completions [B, 1, C]; labels and margins count for nothing.
+        config: the model's configuration.
+        microbatches: parts that the batch is worked through in.
+
+    Returns:
+        The gradient, shaped as `params`, and {"loss": nats a completion token}.
+    """
+    rollout = demonstrations(batch)
+    weights = token_weights(rollout.completion_mask, "token")
+
+    def loss_fn(params: PyTree, part: tuple[Rollout, Array]) -> tuple[Array, Metrics]:
+        rollout, weights = part
+        loss = -jnp.sum(weights * _logprobs(params, rollout, config))
+        return loss, {"loss": loss}
+
+    def gradient(part: tuple[Rollout, Array]) -> tuple[tuple[PyTree, Metrics], tuple[()]]:
+        return jax.grad(loss_fn, has_aux=True)(params, part), ()
+
+    return sum_over_microbatches(gradient, (rollout, weights), microbatches)[0]
+
+
+def completion_nats(params: PyTree, batch: PreferenceBatch, config: TransformerConfig) -> Array:
+    """Sum of the cross-entropy of the completions' tokens, nats; prompts with one completion each, [B, 1, C] -> []."""
+    return -jnp.sum(_logprobs(params, demonstrations(batch), config))
+
+
+def demonstrations(batch: PreferenceBatch) -> Rollout:
+    """Completions that somebody wrote, one for each prompt, as if they had been sampled. [B, 1, C] -> [B, C]."""
+    chex.assert_rank([batch.completions, batch.completion_mask], 3)
+    chex.assert_axis_dimension(batch.completions, 1, 1)
+    completions, mask = batch.completions[:, 0], batch.completion_mask[:, 0]
+    whole = jnp.zeros(len(completions), bool)
+    return Rollout(batch.prompts, batch.prompt_mask, completions, mask, jnp.zeros(mask.shape), truncated=whole)
+
+
+def _logprobs(params: PyTree, rollout: Rollout, config: TransformerConfig) -> Array:
+    return completion_logprobs(params, rollout, config, Sampling(length=rollout.completions.shape[1]))

@@ -119,7 +119,7 @@ def test_files_and_folders(tmp_path):
         ("broken.jsonl", b'{"text": "a"}\n\n{"text": \n', "broken.jsonl, line 3 is not JSON"),
         ("field.jsonl", b'{"text": "a"}\n{"body": "b"}', 'field.jsonl, line 2 has no string under "text"'),
         ("number.jsonl", b'{"text": 3}', 'line 1 has no string under "text"'),
-        ("list.jsonl", b'["text"]', 'line 1 has no string under "text"'),
+        ("list.jsonl", b'["text"]', "line 1 is not a JSON object"),
         ("surrogate.jsonl", b'{"text": "\\ud83d"}', "line 1 has half of a surrogate pair"),
         ("book.pdf", b"%PDF", "book.pdf is of no kind that can be read: .txt, .jsonl, .parquet"),
         ("broken.parquet", b"PAR1", "broken.parquet is not a Parquet file"),

@@ -1,4 +1,4 @@
-"""Batches of packed tokens, each a function of the tokens, the seed and the step alone."""
+"""Batches, each a function of data, seed and step alone: windows of packed tokens, or rows of a data set."""
 
 from collections.abc import Iterator
 
@@ -56,3 +56,30 @@ def held_out_batches(tokens: np.ndarray, batch_size: int, length: int) -> Iterat
     mask = index[:, 1:] <= targets
     windows = tokens[np.minimum(index, targets)]
     yield from zip(np.split(windows, batches), np.split(mask, batches), strict=True)
+
+
+def shuffled_rows(total: int, batch_size: int, seed: int, step: int, name: str) -> np.ndarray:
+    """Batch `step` of an endless stream of row numbers, in which every epoch is a fresh permutation of them all.
+
+    A batch may end one epoch and begin the next, so that none is left out of an epoch.
+
+    Args:
+        total: rows that there are.
+        batch_size: B.
+        seed: which stream.
+        step: which batch of it; none needs the ones before it.
+        name: what the rows are, for the message.
+
+    Returns:
+        int64 [B].
+
+    Raises:
+        InputError: there are fewer rows than a batch has.
+    """
+    if total < batch_size:
+        raise InputError(
+            f"there are {total} {name} and a batch needs {batch_size}: give more {name} or a smaller batch"
+        )
+    epoch, first = divmod(step * batch_size, total)
+    order = np.concatenate([np.random.default_rng([seed, e]).permutation(total) for e in (epoch, epoch + 1)])
+    return order[first : first + batch_size]

