@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl_jax.data.prompts import decode_completions, prompt_batch
+from experiments.judge import text_rewards
+from rl_jax.data.prompts import prompt_batch
 from rl_jax.keys import Purpose, step_key
 from rl_jax.models.transformer import TransformerConfig
 from rl_jax.reinforce.advantages import zero_signal_groups
 from rl_jax.rewards.compose import Reward
-from rl_jax.rewards.text import score_texts
 from rl_jax.rollout import generate, refill_groups
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.sampling import Sampling, most_likely
@@ -35,27 +35,26 @@ class Collected(NamedTuple):
     greedy: Rewarded | None
 
 
-SampleFn = Callable[[PyTree, Array, Array, Array], Collected]
-"""Params, key, prompts [N, P], mask -> completions; their rewards are those on tokens."""
+SampleFn = Callable[[PyTree, PyTree, Array, Array, Array], Collected]
+"""Params, the reward's params, key, prompts [N, P], mask -> completions; their rewards are those on tokens."""
 
-CollectFn = Callable[[PyTree, int], tuple[Collected, Metrics]]
-"""Params, number of the step -> completions with all their rewards, and metrics: where groups are replaced, rounds (how
-many batches were sampled), and reward and zero_signal_groups of the first, which nothing has selected."""
+CollectFn = Callable[[PyTree, PyTree, int], tuple[Collected, Metrics]]
+"""Params, the reward's params, number of the step -> completions with all their rewards, and metrics: where groups are
+replaced, rounds (how many batches were sampled), and reward and zero_signal_groups of the first, which nothing has
+selected."""
 
 
 def make_sample(config: TransformerConfig, sampling: Sampling, reward: Reward, needs_greedy: bool) -> SampleFn:
     """A pure function that samples, and rewards what can be rewarded on tokens."""
 
-    def rewarded(rollout: Rollout) -> Rewarded:
-        if reward.on_tokens is None:
-            return Rewarded(rollout, jnp.zeros(len(rollout.completions)))
-        return Rewarded(rollout, reward.on_tokens(rollout))
+    def sample(params: PyTree, reward_params: PyTree, key: Array, prompts: Array, mask: Array) -> Collected:
+        def rewarded(sampling: Sampling) -> Rewarded:
+            rollout = generate(params, key, prompts, mask, config, sampling)
+            if reward.on_tokens is None:
+                return Rewarded(rollout, jnp.zeros(len(rollout.completions)))
+            return Rewarded(rollout, reward.on_tokens(reward_params, rollout))
 
-    def sample(params: PyTree, key: Array, prompts: Array, mask: Array) -> Collected:
-        sampled = rewarded(generate(params, key, prompts, mask, config, sampling))
-        if not needs_greedy:
-            return Collected(sampled, None)
-        return Collected(sampled, rewarded(generate(params, key, prompts, mask, config, most_likely(sampling))))
+        return Collected(rewarded(sampling), rewarded(most_likely(sampling)) if needs_greedy else None)
 
     return sample
 
@@ -84,7 +83,7 @@ def make_collect(
         seed: of prompts and completions.
     """
     mesh = make_mesh()
-    mapped_sample = pmapped(sample, mesh, (None, None, 0, 0), 0)
+    mapped_sample = pmapped(sample, mesh, (None, None, None, 0, 0), 0)
 
     def refill(batch: Collected, fresh: Collected) -> Collected:
         wanting, unusable = (zero_signal_groups(part.sampled.rewards, group_size) for part in (batch, fresh))
@@ -95,17 +94,15 @@ def make_collect(
     def reward_text(part: Rewarded) -> Rewarded:
         if reward.on_text is None:
             return part
-        texts = decode_completions(tokenizer, part.rollout.completions, part.rollout.completion_mask)
-        asked = decode_completions(tokenizer, part.rollout.prompts, part.rollout.prompt_mask)
-        rewards = np.asarray(part.rewards) + score_texts(reward.on_text, asked, texts)
+        rewards = np.asarray(part.rewards) + text_rewards(reward.on_text, tokenizer, part.rollout)
         return part._replace(rewards=put(rewards, mesh, 0))  # as if the device had computed them: one program for both
 
-    def complete(params: PyTree, key: Array, stream: int, number: int) -> Collected:
-        sampled, greedy = mapped_sample(params, key, *prompt_batch(*prompts, batch_size, stream, number))
+    def complete(params: PyTree, reward_params: PyTree, key: Array, stream: int, number: int) -> Collected:
+        sampled, greedy = mapped_sample(params, reward_params, key, *prompt_batch(*prompts, batch_size, stream, number))
         return Collected(reward_text(sampled), None if greedy is None else reward_text(greedy))
 
-    def collect(params: PyTree, number: int) -> tuple[Collected, Metrics]:
-        batch = complete(params, step_key(seed, Purpose.SAMPLE, number), seed, number)
+    def collect(params: PyTree, reward_params: PyTree, number: int) -> tuple[Collected, Metrics]:
+        batch = complete(params, reward_params, step_key(seed, Purpose.SAMPLE, number), seed, number)
         if rounds == 1:
             return batch, {}
         reward, wanting = jnp.mean(batch.sampled.rewards), zero_signal_groups(batch.sampled.rewards, group_size)
@@ -113,7 +110,9 @@ def make_collect(
         sampled = 1
         while sampled < rounds and np.any(zero_signal_groups(batch.sampled.rewards, group_size)):
             key = jax.random.fold_in(step_key(seed, Purpose.REFILL, number), sampled)
-            batch = mapped_refill(batch, complete(params, key, seed + REFILLS, number * rounds + sampled))
+            batch = mapped_refill(
+                batch, complete(params, reward_params, key, seed + REFILLS, number * rounds + sampled)
+            )
             sampled += 1
         return batch, metrics | {"rounds": jnp.asarray(sampled)}
 

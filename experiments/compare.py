@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.judge import make_judge
+from experiments.sampler import blocks, join
 from rl_jax.data.prompts import decode_completions
 from rl_jax.data.tokenizer import token_pieces
 from rl_jax.evaluation import distinct_n, mean_interval, win_rate
@@ -17,7 +19,6 @@ from rl_jax.models.huggingface import Policy
 from rl_jax.reinforce.advantages import leave_one_out_advantages
 from rl_jax.reinforce.gradient import Scores
 from rl_jax.rewards.compose import Reward
-from rl_jax.rewards.text import score_texts
 from rl_jax.rollout import generate
 from rl_jax.run.progress import show_progress
 from rl_jax.run.spmd import make_mesh, pmapped, put
@@ -26,7 +27,6 @@ from rl_jax.scoring import Reference, completion_logprobs, completion_states, sc
 from rl_jax.types import Array, PyTree, Rollout
 
 PAIRS = 8  # prompts whose completions the report shows
-BLOCK = 32  # prompts that go through the devices at once, rounded to what they can share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Side(NamedTuple):
         ref_logprobs: what the pretrained policy says of them, at the sampling temperature. [B, C].
         ref_nats: minus the log-probability of the whole completion under the pretrained policy at temperature 1. [B].
         rewards: [B].
+        gold: rewards of the same completions that were not optimised. [B].
     """
 
     rollout: Rollout
@@ -55,6 +56,7 @@ class Side(NamedTuple):
     ref_logprobs: np.ndarray
     ref_nats: np.ndarray
     rewards: np.ndarray
+    gold: np.ndarray | None = None
 
 
 def compare(
@@ -65,6 +67,7 @@ def compare(
     prompts: tuple[np.ndarray, np.ndarray],
     sampling: Sampling,
     seed: int,
+    gold: Reward | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Complete the same prompts with both policies, each with random numbers of its own.
 
@@ -76,6 +79,7 @@ def compare(
         prompts: left-padded, int32 [N, P], and their mask.
         sampling: as in RL.
         seed: of the completions.
+        gold: another reward, to judge them by too.
 
     Returns:
         What the summary says of it, and the pairs of completions that the report shows.
@@ -90,39 +94,40 @@ def compare(
         reference = Reference(ref, completion_states(ref, rollout, config))
         scores = score_completions(tuned, rollout, config, tempered, reference)
         ref_nats = -jnp.sum(completion_logprobs(ref, rollout, config, plain), axis=1)
-        rewards = jnp.zeros(len(ref_nats)) if reward.on_tokens is None else reward.on_tokens(rollout)
-        return rollout, scores, completion_logprobs(ref, rollout, config, tempered), ref_nats, rewards
+        return rollout, scores, completion_logprobs(ref, rollout, config, tempered), ref_nats
 
     mapped_measure = pmapped(measure, mesh, (None, None, None, None, 0, 0, 0), 0)
-    block = max(BLOCK // mesh.size, 1) * mesh.size
-    blocks = np.split(np.arange(len(prompts[0])), range(block, len(prompts[0]), block))
+    judges = [make_judge(each, pretrained.tokenizer) for each in (reward, gold) if each is not None]
     params = {"before": put(pretrained.params, mesh), "after": put(tuned.params, mesh)}
     keys = {side: step_key(seed, Purpose.EVALUATE, number) for number, side in enumerate(params)}
 
     def complete(side: str) -> Side:
-        measured = []
-        with show_progress(f"compare {side}", 0, len(blocks)) as progress:
-            for number, index in enumerate(blocks, 1):
+        measured, every = [], blocks(len(prompts[0]), mesh)
+        with show_progress(f"compare {side}", 0, len(every)) as progress:
+            for number, index in enumerate(every, 1):
                 batch = (keys[side], index, *(x[index] for x in prompts))
-                measured.append(jax.device_get(mapped_measure(params[side], params["after"], params["before"], *batch)))
+                found = mapped_measure(params[side], params["after"], params["before"], *batch)
+                rewards = [judge(found[0]) for judge in judges]
+                measured.append(Side(*jax.device_get(found), *rewards))
                 progress.show(number, {})
-        rollout, scores, ref_logprobs, ref_nats, rewards = jax.tree.map(lambda *parts: np.concatenate(parts), *measured)
-        if reward.on_text is not None:
-            texts = decode_completions(pretrained.tokenizer, rollout.completions, rollout.completion_mask)
-            asked = decode_completions(pretrained.tokenizer, rollout.prompts, rollout.prompt_mask)
-            rewards = rewards + score_texts(reward.on_text, asked, texts)
-        return Side(rollout, scores, ref_logprobs, ref_nats, rewards)
+        return join(measured)
 
     before, after = complete("before"), complete("after")
     summary = _summarise(before, after, settings.completions) | {"reward": reward.name}
+    summary |= {} if gold is None else {"gold": gold.name}
     return summary, list(_pairs(before, after, settings.completions, pretrained.tokenizer))
 
 
 def _summarise(before: Side, after: Side, group: int) -> dict[str, Any]:
     sides = {"before": before, "after": after}
-    estimates = {f"reward_{name}": mean_interval(side.rewards.reshape(-1, group)) for name, side in sides.items()}
-    estimates["kl"] = mean_interval(np.sum(after.scores.kl, axis=1).reshape(-1, group))
-    estimates["win_rate"] = win_rate(*(side.rewards.reshape(-1, group) for side in (after, before)))
+    estimates = {"kl": mean_interval(np.sum(after.scores.kl, axis=1).reshape(-1, group))}
+    for judged, wins in (("rewards", "win_rate"), ("gold", "gold_win_rate")):
+        old, new = (getattr(side, judged) for side in (before, after))
+        if old is not None:
+            old, new = old.reshape(-1, group), new.reshape(-1, group)
+            name = judged.removesuffix("s")
+            estimates |= {f"{name}_before": mean_interval(old), f"{name}_after": mean_interval(new)}
+            estimates[wins] = win_rate(new, old)
     summary = {name: estimate.value for name, estimate in estimates.items()}
     summary |= {f"{name}_interval": [estimate.low, estimate.high] for name, estimate in estimates.items()}
     for name, side in sides.items():

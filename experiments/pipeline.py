@@ -1,23 +1,43 @@
 """The main job: pretrain a language model, give it a reward, improve it with REINFORCE, compare before and after.
 
     python experiments/pipeline.py
-    python experiments/pipeline.py --corpus my_texts/ --reward.names keyword --reward.keywords king gold
+    python experiments/pipeline.py --corpus my_texts/ --reward keyword --reward.keywords king gold
+    python experiments/pipeline.py --reward learned --gold sentiment
 
-`pretrain.py` and `reinforce.py` are its two halves, each a script of its own.
+With `--reward learned` the reward is a model of preferences: those of a file, or those of a gold reward between pairs
+of the policy's own completions. `pretrain.py`, `finetune.py`, `train_reward.py` and `reinforce.py` are its parts, each
+a script of its own.
 """
 
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from experiments.compare import compare
+from experiments.finetune import Demonstrations, Finetuning, finetune, load_demonstrations
+from experiments.finetune import check as check_finetuning
 from experiments.options import describe_estimator
+from experiments.preferences import Learned, Preferring, check_preferring, make_learn, make_refresh
 from experiments.pretrain import Pretraining, load_text, model_config, pretrain
 from experiments.pretrain import check as check_pretraining
-from experiments.reinforce import Reinforcing, make_sampling, reinforce, split_prompts
+from experiments.reinforce import (
+    Reinforcing,
+    check_text_reward,
+    make_gold,
+    make_sampling,
+    reinforce,
+    split_prompts,
+)
 from experiments.reinforce import check as check_reinforcing
+from experiments.train_reward import Learning
+from rl_jax.errors import InputError
 from rl_jax.models.huggingface import save_policy
-from rl_jax.rewards.compose import RewardConfig, make_reward
+from rl_jax.models.reward_model import RewardModel
+from rl_jax.models.transformer import TransformerConfig
+from rl_jax.rewards.compose import Reward, RewardConfig, make_reward
 from rl_jax.run.folder import check_run, open_run, write_json
 from rl_jax.run.loop import run_main
 from rl_jax.run.metrics import open_metrics
@@ -37,41 +57,99 @@ class Config:
     seed: int = 0
     """Seed of everything random but the held-out passages, which are the same for all seeds."""
     pretrain: Pretraining = Pretraining()
+    demonstrations: Path | None = None
+    """Prompts with completions to fine-tune on after pretraining, as for finetune.py; none skips it."""
+    finetune: Finetuning = Finetuning()
     reward: RewardConfig = RewardConfig()
+    gold: RewardConfig = RewardConfig(names=())
+    preferences: Preferring = Preferring()
+    learn: Learning = Learning()
     reinforce: Reinforcing = Reinforcing()
 
 
 def main(config: Config) -> None:
     seconds: dict[str, float] = {}
-    start = time.perf_counter()
+    start, rl, seed = time.perf_counter(), config.reinforce, config.seed
     model = model_config(config.pretrain)
     check_run(config.run, config, config.resume)
     text = load_text(config.corpus, config.pretrain.vocab_size, config.run / "policy" if config.resume else None)
-    reward = make_reward(config.reward, text.tokenizer)
-    prompts = split_prompts(config.reinforce, text.tokenizer, text.held_out)
-    check_pretraining(config.pretrain, text, config.seed)
-    check_reinforcing(config.reinforce, model, reward, prompts, text.tokenizer, config.seed)
+    reward, gold = make_rewards(config, text.tokenizer, model)
+    prompts = split_prompts(rl, text.tokenizer, text.held_out)
+    demonstrations = load_if_given(config, text.tokenizer, model.context)
+    check_pretraining(config.pretrain, text, seed)
+    check_reinforcing(rl, model, reward, prompts, text.tokenizer, seed)
+    check_text_reward(gold, prompts, text.tokenizer)
 
-    rl = config.reinforce
     estimator = describe_estimator(rl.estimator, rl.options, rl.group_size)
+    sampling = make_sampling(rl, text.tokenizer.eos_token_id)
     run = open_run(config.run, "experiments/pipeline.py", config, estimator=estimator)
     text.tokenizer.save_pretrained(run / "policy")
     writer = open_metrics(run)
     with timed(seconds, "pretrain"), report_if_stopped(run):
-        pretrained, summary = pretrain(config.pretrain, text, config.seed, run, writer)
-    save_policy(run / "pretrained", pretrained)
+        policy, summary = pretrain(config.pretrain, text, seed, run, writer)
+    save_policy(run / "pretrained", policy)
     write_json(run / "summary.json", summary)  # for the report of a run that stops after this
+    if demonstrations is not None:
+        with timed(seconds, "finetune"), report_if_stopped(run):
+            policy, measured = finetune(config.finetune, policy, demonstrations, seed, run, writer)
+        save_policy(run / "finetuned", policy)
+        summary |= {"finetune": measured}
+    rounds: list[Learned] = []
+    refresh = None
+    if is_learned_here(config):
+        with timed(seconds, "reward"), report_if_stopped(run):
+            learn = make_learn(config.preferences, config.learn, policy, gold, prompts, sampling, seed, run, writer)
+            rounds.append(learn(policy.params, 1))
+        reward = reward._replace(params=rounds[0].model.params)
+        refresh = make_refresh(learn, rounds, config.preferences.rounds, rl.steps)
+        write_json(run / "summary.json", summary | {"reward_model": rounds[0].summary})
     with timed(seconds, "rl"), report_if_stopped(run):
-        tuned = reinforce(config.reinforce, pretrained, reward, prompts, config.seed, run, writer)
+        tuned = reinforce(rl, policy, reward, prompts, seed, run, writer, gold, refresh)
     save_policy(run / "policy", tuned)
     writer.close()
-    sampling = make_sampling(config.reinforce, text.tokenizer.eos_token_id)
-    with timed(seconds, "compare"):
-        compared, pairs = compare(
-            config.reinforce.compare, pretrained, tuned, reward, prompts.held_out, sampling, config.seed
+    if rounds:
+        reward, summary = (
+            reward._replace(params=rounds[-1].model.params),
+            summary | {"reward_model": rounds[-1].summary},
         )
+    with timed(seconds, "compare"):
+        compared, pairs = compare(rl.compare, policy, tuned, reward, prompts.held_out, sampling, seed, gold)
     spent = {"seconds": time.perf_counter() - start, "seconds_by_stage": seconds}
-    write_results(run, summary | compared | spent | {"seed": config.seed}, pairs)
+    write_results(run, summary | compared | spent | {"seed": seed}, pairs)
+
+
+def load_if_given(config: Config, tokenizer: Any, context: int) -> Demonstrations | None:
+    """The demonstrations to fine-tune on, checked, or None where there are none."""
+    if config.demonstrations is None:
+        if config.finetune != Finetuning():
+            raise InputError("finetune has no effect without demonstrations: give a file of them, or leave it out.")
+        return None
+    rows = load_demonstrations(config.demonstrations, tokenizer, context)
+    check_finetuning(config.finetune, rows, config.seed)
+    return rows
+
+
+def is_learned_here(config: Config) -> bool:
+    """Whether the reward is learned within this run."""
+    return "learned" in config.reward.names and config.reward.model is None
+
+
+def make_rewards(config: Config, tokenizer: Any, model: TransformerConfig) -> tuple[Reward, Reward | None]:
+    """The reward that is optimised, one that is learned in this run still without params, and the gold reward."""
+    gold = make_gold(config.gold, tokenizer)
+    if not is_learned_here(config):
+        for name, default in (("preferences", Preferring()), ("learn", Learning())):
+            if getattr(config, name) != default:
+                raise InputError(
+                    f"{name} has no effect: the reward is not learned in this run; ask for --reward learned."
+                )
+        return make_reward(config.reward, tokenizer), gold
+    if gold is None and config.preferences.file is None:
+        gold = make_reward(RewardConfig(), tokenizer)
+    check_preferring(config.preferences, config.learn, model, gold, config.reinforce.steps, config.seed)
+    shape = dataclasses.replace(model, layers=config.learn.layers or model.layers, tied=True)
+    blank = RewardModel({"members": np.zeros(config.learn.members)}, shape, tokenizer)
+    return make_reward(config.reward, tokenizer, blank)._replace(params=()), gold
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.types import Array, Metrics, PyTree, TrainState
 
 HELD_OUT = 0.1  # share of the passages that pretraining never sees; RL takes its prompts from them
+COUNTS = ("steps", "batch_size", "microbatches", "evaluate_every", "checkpoint_every")
 CURVE_BATCHES = 8  # held-out batches behind a point of the curve; the summary has them all
 
 
@@ -129,9 +130,7 @@ def check(settings: Pretraining, text: Text, seed: int) -> None:
     """Raise InputError for settings that cannot work, before anything is trained."""
     check_seed(seed)
     check_optimizer(settings.learning_rate, settings.warmup, settings.weight_decay, settings.clip_norm)
-    for name in ("steps", "batch_size", "microbatches", "evaluate_every", "checkpoint_every"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
+    check_counts({name: getattr(settings, name) for name in COUNTS})
     if settings.batch_size % (settings.microbatches * jax.device_count()):
         raise InputError(
             f"A batch_size of {settings.batch_size} does not divide into {settings.microbatches} microbatches over "
@@ -145,6 +144,13 @@ def check(settings: Pretraining, text: Text, seed: int) -> None:
         )
 
 
+def check_counts(counts: dict[str, int]) -> None:
+    """Raise InputError for a number below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"{name} is {count}; it must be at least 1.")
+
+
 def check_optimizer(learning_rate: float, warmup: int, weight_decay: float, clip_norm: float) -> None:
     """Raise InputError for numbers that AdamW cannot learn with."""
     numbers = {"learning_rate": learning_rate, "clip_norm": clip_norm}
@@ -156,15 +162,16 @@ def check_optimizer(learning_rate: float, warmup: int, weight_decay: float, clip
             raise InputError(f"{name} is {value}; it must be a number of at least 0.")
 
 
-def learning_rate(settings: Pretraining) -> optax.Schedule:
+def learning_rate(peak: float, steps: int, warmup: int) -> optax.Schedule:
     """Linear warm-up to the peak, then a cosine to a tenth of it."""
-    peak, steps, warmup = settings.learning_rate, settings.steps, min(settings.warmup, settings.steps - 1)
+    warmup = min(warmup, steps - 1)
     return optax.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, steps, peak / 10)
 
 
 def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: MetricsWriter) -> tuple[Policy, dict]:
     """Pretrain, or continue to: the policy, and its row of the summary."""
-    config, mesh, schedule = model_config(settings), make_mesh(), learning_rate(settings)
+    config, mesh = model_config(settings), make_mesh()
+    schedule = learning_rate(settings.learning_rate, settings.steps, settings.warmup)
     optimizer = make_optimizer(schedule, settings.weight_decay, settings.clip_norm, (0.9, 0.95))
 
     def update(state: TrainState, tokens: Array) -> tuple[TrainState, Metrics]:

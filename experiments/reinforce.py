@@ -1,7 +1,9 @@
 """Improve a pretrained policy with a policy gradient: a reward, an estimator, a KL penalty.
 
     python experiments/reinforce.py --policy runs/pretrain/policy --run runs/rl
-    python experiments/reinforce.py --policy runs/pretrain/policy --reward.names length --reward.target-length 20
+    python experiments/reinforce.py --policy runs/pretrain/policy --reward length --reward.target-length 20
+    python experiments/reinforce.py --policy runs/pretrain/policy --reward learned --reward.model runs/reward/reward \
+        --gold sentiment
     python experiments/reinforce.py --policy runs/pretrain/policy --estimator ppo --kl-target 6 --kl-horizon 500
 
 Writes the tuned policy, metrics, checkpoints, the comparison of both policies and a report to the run's folder.
@@ -9,6 +11,7 @@ Writes the tuned policy, metrics, checkpoints, the comparison of both policies a
 
 import dataclasses
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,8 +23,11 @@ import tyro
 
 from experiments.collect import Collected, make_collect, make_sample
 from experiments.compare import Comparing, compare
+from experiments.gold import make_gold_metrics
+from experiments.judge import make_judge
 from experiments.options import EstimatorOptions, chosen_estimator, describe_estimator
-from experiments.pretrain import HELD_OUT, check_optimizer
+from experiments.pretrain import HELD_OUT, check_counts, check_optimizer
+from experiments.sampler import make_sampler
 from rl_jax.data.corpus import read_passages, split_held_out
 from rl_jax.data.prompts import decode_completions, passage_openings, prompt_batch
 from rl_jax.errors import InputError
@@ -41,7 +47,8 @@ from rl_jax.run.results import report_if_stopped, write_results
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.sampling import Sampling
 from rl_jax.scoring import make_score_fn, reference_scores
-from rl_jax.types import Array, Metrics, PyTree, TrainState
+from rl_jax.sign_check import check_signs
+from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
 
 COUNTS = ("prompts", "group_size", "prompt_length", "completion_length", "steps", "microbatches", "checkpoint_every")
 
@@ -95,6 +102,7 @@ class Config:
     """Folder of the pretrained policy: config.json, model.safetensors and tokenizer."""
     reinforce: Annotated[Reinforcing, tyro.conf.arg(name="")] = Reinforcing()
     reward: RewardConfig = RewardConfig()
+    gold: RewardConfig = RewardConfig(names=())
     run: Path = Path("runs/reinforce")
     """Folder that the run writes to."""
     resume: bool = False
@@ -145,9 +153,7 @@ def check(
     check_optimizer(settings.learning_rate, settings.warmup, settings.weight_decay, settings.clip_norm)
     counts: dict[str, int] = {name: getattr(settings, name) for name in COUNTS}
     counts |= {f"compare.{name}": count for name, count in dataclasses.asdict(settings.compare).items()}
-    for name, count in counts.items():
-        if count < 1:
-            raise InputError(f"{name} is {count}; it must be at least 1.")
+    check_counts(counts)
     check_lengths(settings.prompt_length, make_sampling(settings, tokenizer.eos_token_id), config)
     if settings.temperature == 0:
         raise InputError("A policy learns from sampled completions: give a temperature above 0.")
@@ -169,9 +175,20 @@ def check(
         )
     if settings.noise_every < 0 or (settings.noise_every and settings.prompts < 2):
         raise InputError("noise_every must be at least 0, and a noise is measured between at least 2 prompts.")
-    if reward.on_text is not None:  # a mistake in it should show now rather than after pretraining
+    check_text_reward(reward, prompts, tokenizer)
+    check_signs(estimator)
+
+
+def check_text_reward(reward: Reward | None, prompts: Prompts, tokenizer: Any) -> None:
+    """Try the part of a reward that is a function of text: a mistake in it should show before anything is trained."""
+    if reward is not None and reward.on_text is not None:
         texts = decode_completions(tokenizer, *(part[:4] for part in prompts.train))
         score_texts(reward.on_text, texts, texts)
+
+
+def make_gold(config: RewardConfig, tokenizer: Any) -> Reward | None:
+    """The reward to look at beside the one that is optimised, if one is named."""
+    return make_reward(config, tokenizer) if config != RewardConfig(names=()) else None
 
 
 def reinforce(
@@ -182,8 +199,22 @@ def reinforce(
     seed: int,
     run: Path,
     writer: MetricsWriter,
+    gold: Reward | None = None,
+    refresh: Callable[[PyTree, int], PyTree] | None = None,
 ) -> Policy:
-    """Tune a policy, or continue to; `policy` stays as it is, the reference."""
+    """Tune a policy, or continue to.
+
+    Args:
+        settings: how.
+        policy: where it starts, and the reference, which stays as it is.
+        reward: what is optimised.
+        prompts: to complete.
+        seed: of everything random.
+        run: the run's folder.
+        writer: of metrics.
+        gold: a reward to measure beside it.
+        refresh: the policy's params, number of the step -> the reward's params for the step; `reward.params` without.
+    """
     config, tokenizer, mesh = policy.config, policy.tokenizer, make_mesh()
     sampling = make_sampling(settings, tokenizer.eos_token_id)
     estimator = chosen_estimator(settings.estimator, settings.options, settings.group_size)
@@ -227,14 +258,15 @@ def reinforce(
         return learn(state, ref_params, key, collected, noise_at_once=mesh.size)
 
     def sample_and_learn(
-        state: TrainState, ref_params: PyTree, keys: Array, prompts: Array, mask: Array
-    ) -> tuple[TrainState, Metrics]:
-        return learn(state, ref_params, keys[1], sample(state.params, keys[0], prompts, mask))
+        state: TrainState, ref_params: PyTree, reward_params: PyTree, keys: Array, prompts: Array, mask: Array
+    ) -> tuple[TrainState, Metrics, Rollout]:
+        collected = sample(state.params, reward_params, keys[0], prompts, mask)
+        return *learn(state, ref_params, keys[1], collected), collected.sampled.rollout
 
     mapped_learn, mapped_measure = (
         pmapped(fn, mesh, (None, None, None, 0), (None, None), donate=(0,)) for fn in (learn, learn_and_measure)
     )
-    mapped_step = pmapped(sample_and_learn, mesh, (None, None, None, 0, 0), (None, None), donate=(0,))
+    mapped_step = pmapped(sample_and_learn, mesh, (None, None, None, None, 0, 0), (None, None, 0), donate=(0,))
     collect = make_collect(
         sample,
         prompts.train,
@@ -245,18 +277,27 @@ def reinforce(
         rounds=estimator.sampling_rounds,
         seed=seed,
     )
-    ref_params = put(policy.params, mesh)
+    ref_params, reward_params = put(policy.params, mesh), put(reward.params, mesh)
+    gold_metrics = None
+    if gold is not None:
+        key = step_key(seed, Purpose.REFERENCE)
+        reference = make_sampler(config, sampling, "reference")(ref_params, key, *prompts.held_out)
+        rewards = make_judge(reward, tokenizer)(reference)
+        gold_metrics = make_gold_metrics(gold, tokenizer, reference, rewards)
 
-    def step(state: TrainState, number: int) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, number: int) -> tuple[TrainState, Mapping[str, Any]]:
         measure = settings.noise_every > 0 and number % settings.noise_every == 0
         shuffle = step_key(seed, Purpose.SHUFFLE, number)
+        judge_params = refresh(state.params, number) if refresh else reward_params
         if reward.on_text is None and estimator.sampling_rounds == 1 and not measure:
             keys = jnp.stack([step_key(seed, Purpose.SAMPLE, number), shuffle])
             batch = prompt_batch(*prompts.train, settings.prompts, seed, number)
-            return mapped_step(state, ref_params, keys, *batch)
-        collected, sampling_metrics = collect(state.params, number)
-        state, metrics = (mapped_measure if measure else mapped_learn)(state, ref_params, shuffle, collected)
-        return state, metrics | sampling_metrics
+            state, metrics, rollout = mapped_step(state, ref_params, judge_params, keys, *batch)
+        else:
+            collected, selection = collect(state.params, judge_params, number)
+            state, metrics = (mapped_measure if measure else mapped_learn)(state, ref_params, shuffle, collected)
+            metrics, rollout = metrics | selection, collected.sampled.rollout
+        return state, metrics | (gold_metrics(rollout, metrics["reward"]) if gold_metrics else {})
 
     params = add_value_head(policy.params, config) if estimator.critic else policy.params
     state = put(init_state(params, optimizer, estimator.options.get("kl_coefficient", 0.0)), mesh)
@@ -271,7 +312,7 @@ def reinforce(
         writer=writer,
         checkpoints=checkpoints,
         checkpoint_every=settings.checkpoint_every,
-        shown=("loss", "reward", "kl", "tokens_per_second"),
+        shown=("loss", "reward", *(["gold"] if gold else []), "kl", "tokens_per_second"),
     )
     close_checkpoints(checkpoints)
     return Policy(state.params, config, tokenizer)
@@ -281,20 +322,23 @@ def main(config: Config) -> None:
     start = time.perf_counter()
     check_run(config.run, config, config.resume)
     policy = load_policy(config.policy, config.dtype, config.remat)
-    reward = make_reward(config.reward, policy.tokenizer)
+    reward, gold = make_reward(config.reward, policy.tokenizer), make_gold(config.gold, policy.tokenizer)
     _, passages = split_held_out(read_passages(config.corpus), HELD_OUT)
     prompts = split_prompts(config.reinforce, policy.tokenizer, passages)
     check(config.reinforce, policy.config, reward, prompts, policy.tokenizer, config.seed)
+    check_text_reward(gold, prompts, policy.tokenizer)
     rl = config.reinforce
     estimator = describe_estimator(rl.estimator, rl.options, rl.group_size)
     run = open_run(config.run, "experiments/reinforce.py", config, estimator=estimator)
     writer = open_metrics(run)
     with report_if_stopped(run):
-        tuned = reinforce(config.reinforce, policy, reward, prompts, config.seed, run, writer)
+        tuned = reinforce(config.reinforce, policy, reward, prompts, config.seed, run, writer, gold)
     writer.close()
     save_policy(run / "policy", tuned)
     sampling = make_sampling(config.reinforce, policy.tokenizer.eos_token_id)
-    summary, pairs = compare(config.reinforce.compare, policy, tuned, reward, prompts.held_out, sampling, config.seed)
+    summary, pairs = compare(
+        config.reinforce.compare, policy, tuned, reward, prompts.held_out, sampling, config.seed, gold
+    )
     write_results(run, summary | {"seed": config.seed, "seconds": time.perf_counter() - start}, pairs)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import collect
+from experiments import collect, judge
 from rl_jax.data.prompts import prompt_batch
 from rl_jax.keys import Purpose, step_key
 from rl_jax.rewards.compose import Reward
@@ -19,7 +19,7 @@ PROMPTS = (np.arange(40, dtype=np.int32)[:, None], np.ones((40, 1), bool))
 def fake_sample(chance):
     """Completions that name their prompt, with a reward that is the same for a group unless its key says otherwise."""
 
-    def sample(params, key, prompts, mask):
+    def sample(params, reward_params, key, prompts, mask):
         rows = jnp.repeat(prompts, G, axis=0)
         ones = jnp.ones(rows.shape, bool)
         rollout = Rollout(rows, ones, rows, ones, jnp.zeros(rows.shape), ones[:, 0])
@@ -31,7 +31,7 @@ def fake_sample(chance):
 
 
 def make(chance, rounds, reward=None):
-    reward = reward or Reward("fake", on_tokens=lambda rollout: rollout, on_text=None)
+    reward = reward or Reward("fake", on_tokens=lambda params, rollout: rollout, on_text=None)
     sizes = {"batch_size": N, "group_size": G, "rounds": rounds, "seed": SEED}
     return collect.make_collect(fake_sample(chance), PROMPTS, reward, None, **sizes)
 
@@ -42,18 +42,18 @@ def signal(collected):
 
 
 def test_one_round_is_the_batch_of_the_step():
-    collected, rounds = make(0.5, 1)(jnp.float32(0), 5)
+    collected, rounds = make(0.5, 1)(jnp.float32(0), (), 5)
     prompts, mask = prompt_batch(*PROMPTS, N, SEED, 5)
-    expected = fake_sample(0.5)(jnp.float32(0), step_key(SEED, Purpose.SAMPLE, 5), prompts, mask)
+    expected = fake_sample(0.5)(jnp.float32(0), (), step_key(SEED, Purpose.SAMPLE, 5), prompts, mask)
     np.testing.assert_array_equal(collected.sampled.rollout.prompts, expected.sampled.rollout.prompts)
     np.testing.assert_array_equal(collected.sampled.rewards, expected.sampled.rewards)
     assert rounds == {} and not signal(collected).all()
 
 
 def test_groups_without_signal_are_replaced_and_the_others_stay():
-    before, _ = make(0.5, 1)(jnp.float32(0), 5)
-    after, metrics = make(0.5, 10)(jnp.float32(0), 5)
-    again, _ = make(0.5, 10)(jnp.float32(0), 5)
+    before, _ = make(0.5, 1)(jnp.float32(0), (), 5)
+    after, metrics = make(0.5, 10)(jnp.float32(0), (), 5)
+    again, _ = make(0.5, 10)(jnp.float32(0), (), 5)
     assert signal(after).all() and 1 < int(metrics["rounds"]) < 10
     np.testing.assert_allclose(metrics["reward"], np.mean(before.sampled.rewards), rtol=1e-6)
     np.testing.assert_allclose(metrics["zero_signal_groups"], 1 - signal(before).mean(), rtol=1e-6)
@@ -66,9 +66,9 @@ def test_groups_without_signal_are_replaced_and_the_others_stay():
 
 
 def test_rounds_end_where_there_is_no_signal_to_be_had():
-    collected, metrics = make(0.0, 3)(jnp.float32(0), 0)
+    collected, metrics = make(0.0, 3)(jnp.float32(0), (), 0)
     assert int(metrics["rounds"]) == 3 and not signal(collected).any()
-    assert int(make(1.1, 3)(jnp.float32(0), 0)[1]["rounds"]) == 1
+    assert int(make(1.1, 3)(jnp.float32(0), (), 0)[1]["rounds"]) == 1
 
 
 def test_no_two_rounds_have_the_same_prompts_or_numbers(monkeypatch):
@@ -76,27 +76,27 @@ def test_no_two_rounds_have_the_same_prompts_or_numbers(monkeypatch):
     sample = fake_sample(0.0)
 
     def spying(fn, mesh, in_axes, out_axes):
-        def run(params, key, prompts, mask):
+        def run(params, reward_params, key, prompts, mask):
             seen.append((jax.random.key_data(key).tolist(), prompts.tolist()))
-            return sample(params, key, prompts, mask)
+            return sample(params, reward_params, key, prompts, mask)
 
         return run if fn is sample else jax.jit(fn)
 
     monkeypatch.setattr(collect, "pmapped", spying)
-    reward = Reward("fake", on_tokens=lambda rollout: rollout, on_text=None)
+    reward = Reward("fake", on_tokens=lambda params, rollout: rollout, on_text=None)
     made = collect.make_collect(sample, PROMPTS, reward, None, batch_size=N, group_size=G, rounds=3, seed=SEED)
     for number in (0, 1):
-        made(jnp.float32(0), number)
+        made(jnp.float32(0), (), number)
     keys, prompts = ({str(entry[part]) for entry in seen} for part in (0, 1))
     assert len(seen) == len(keys) == len(prompts) == 6
 
 
 def test_text_rewards_are_added_to_those_on_tokens(monkeypatch):
     monkeypatch.setattr(
-        collect, "decode_completions", lambda tokenizer, tokens, mask: [str(t) for t in np.asarray(tokens)[:, 0]]
+        judge, "decode_completions", lambda tokenizer, tokens, mask: [str(t) for t in np.asarray(tokens)[:, 0]]
     )
-    reward = Reward("both", on_tokens=lambda rollout: rollout, on_text=lambda prompt, text: float(text))
-    collected, _ = make(0.0, 1, reward)(jnp.float32(0.5), 0)
+    reward = Reward("both", on_tokens=lambda params, rollout: rollout, on_text=lambda prompt, text: float(text))
+    collected, _ = make(0.0, 1, reward)(jnp.float32(0.5), (), 0)
     np.testing.assert_allclose(collected.sampled.rewards, np.asarray(collected.sampled.rollout.prompts)[:, 0] + 0.5)
 
 

@@ -27,6 +27,9 @@ def test_keys_are_those_of_earlier_results():
         ("EVALUATE", 2),
         ("SHUFFLE", 3),
         ("REFILL", 4),
+        ("REFERENCE", 5),
+        ("PREFERENCE", 6),
+        ("HEAD", 7),
     ]
     root = jax.random.key(5)
     by_hand = jax.random.fold_in(jax.random.fold_in(root, 1), 9)

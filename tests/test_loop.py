@@ -157,6 +157,24 @@ def test_metrics_are_fetched_one_step_late(checkpoints):
     ]  # fmt: skip
 
 
+def test_a_metric_that_is_a_function_is_called_when_the_next_step_is_under_way(checkpoints):
+    calls, rows = [], []
+
+    def step(state, number):
+        calls.append(f"step {number}")
+        state, metrics = step_fn(state, number)
+
+        def gold():
+            calls.append(f"gold {number}")
+            return np.float32(number / 2)
+
+        return state, metrics | {"gold": gold}
+
+    run(step, make_state(), checkpoints, steps=3, rows=rows)
+    assert calls == ["step 0", "step 1", "gold 0", "step 2", "gold 1", "gold 2"]
+    assert [row["gold"] for _, _, row in rows] == [0.0, 0.5, 1.0]
+
+
 def test_tokens_become_tokens_per_second(checkpoints):
     def slow(state, step):
         time.sleep(0.05)

@@ -9,11 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
+from rl_jax.models.reward_model import (
+    RewardModel,
+    init_reward_params,
+    make_backbone,
+    save_reward_model,
+    sequence_rewards,
+)
 from rl_jax.models.transformer import gpt2, hidden_states, init_params, llama, logits
+from rl_jax.preferences.losses import bradley_terry_loss
 
 if "RL_JAX_REQUIRE_PARITY" in os.environ:
     import torch
@@ -118,3 +133,21 @@ def test_the_weights_of_the_model_without_its_head_are_read(tokenizer, tmp_path)
     model.transformer.save_pretrained(tmp_path)  # as the published GPT-2 was
     tokenizer.save_pretrained(tmp_path)
     assert_agree(load_policy(tmp_path), model)
+
+
+@pytest.mark.parametrize("name", list(OURS))
+def test_transformers_reads_our_reward_model(name, tokenizer, tmp_path):
+    """As a classifier of one label; and its loss on a pair is Bradley-Terry's, as TRL has it."""
+    backbone, config = make_backbone(init_params(jax.random.key(1), OURS[name]), OURS[name])
+    member = init_reward_params(jax.random.key(2), backbone, config)
+    save_reward_model(tmp_path, RewardModel(jax.tree.map(lambda x: x[None], member), config, tokenizer))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "member_0").eval()
+    ours = np.asarray(sequence_rewards(member, jnp.asarray(TOKENS), jnp.asarray(MASK), config))
+    with torch.no_grad():  # one at a time: without a padding token, transformers reads the last token
+        theirs = [
+            model(torch.tensor(row[mask][None]).long()).logits.item() for row, mask in zip(TOKENS, MASK, strict=True)
+        ]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+    loss = bradley_terry_loss(jnp.asarray(ours[None, :2]), jnp.array([[1.0, 0.0]]), jnp.array([0.2]))
+    expected = -torch.nn.functional.logsigmoid(torch.tensor(theirs[0] - theirs[1] - 0.2))
+    np.testing.assert_allclose(loss[0], expected.item(), rtol=1e-4)

@@ -47,7 +47,8 @@ def train(
     the host. The row of metrics numbered i is that of the update from step i to i + 1.
 
     Args:
-        step_fn: (state, step) -> (state, metrics): one update, and scalars by name. Of these "tokens", the number of
+        step_fn: (state, step) -> (state, metrics): one update, and scalars by name, or functions that give one, which
+            are called when the next step has been dispatched. Of these "tokens", the number of
             tokens that the step processed, is written as "tokens_per_second" by the time from one step to the next
             (null for the first step, which compiles, and for the last); "nonfinite", if there, is the number of
             updates in a row that were skipped.
@@ -134,7 +135,10 @@ def _recorder(
 
     def record(step: int, metrics: Mapping[str, Any], last: bool = False) -> None:
         nonlocal before, timed, seconds
-        row: dict[str, float | None] = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        later = {name: value for name, value in metrics.items() if callable(value)}
+        there = jax.device_get({name: value for name, value in metrics.items() if name not in later})
+        row: dict[str, float | None] = {name: float(value) for name, value in there.items()}
+        row |= {name: float(value()) for name, value in later.items()}
         tokens, now = row.pop("tokens", None), time.perf_counter()
         if tokens is not None:
             row["tokens_per_second"] = None

@@ -1,0 +1,152 @@
+"""Judgements for a reward model: read from files, or given by a gold reward to samples of a policy."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from experiments.judge import JudgeFn
+from rl_jax.data.conversations import make_render
+from rl_jax.data.preferences import Judged, encode_preferences, read_preferences, write_preferences
+from rl_jax.data.prompts import decode_completions
+from rl_jax.errors import InputError
+from rl_jax.types import PreferenceBatch, Rollout
+
+Kind = Literal["pairs", "rankings", "ratings"]
+
+HELD_OUT = 0.1  # share of the judgements that a reward model never learns from, where no file holds them
+
+
+class Judgements(NamedTuple):
+    """What a reward model learns from, and what it is measured on. NumPy arrays.
+
+    Attributes:
+        train: M rows.
+        held_out: M' rows.
+        gaps: how far apart the held-out candidates really are; NaN where nobody knows. [M'].
+        votes: of each rater for the first of each held-out pair: 1, 0, 0.5 for a tie; NaN where there is none. [M', R].
+        broken: rows of the files that could not be used.
+    """
+
+    train: PreferenceBatch
+    held_out: PreferenceBatch
+    gaps: np.ndarray
+    votes: np.ndarray
+    broken: int = 0
+
+
+def kind_of(data: PreferenceBatch) -> Kind:
+    """Which judgements these are, by their number of candidates and their labels."""
+    candidates = data.labels.shape[1]
+    if candidates == 1:
+        return "ratings"
+    return "pairs" if candidates == 2 and np.allclose(np.sum(data.labels, axis=1), 1) else "rankings"
+
+
+def load_judgements(preferences: Path, held_out: Path | None, tokenizer: Any, context: int) -> Judgements:
+    """Read judgements and those held out, or a tenth of the others; say which rows cannot be used, and why."""
+    read = [read_preferences(path, make_render(tokenizer)) for path in (preferences, held_out) if path is not None]
+    if held_out is None:
+        chosen = np.random.default_rng(0).permutation(len(read[0].rows))
+        kept = round(HELD_OUT * len(chosen))
+        parts = [[read[0].rows[i] for i in np.sort(part)] for part in (chosen[kept:], chosen[:kept])]
+    else:
+        parts = [each.rows for each in read]
+    if not all(parts):
+        raise InputError(f"{preferences} has too few rows to hold some out: give more, or a held_out file.")
+    broken = [line for each in read for line in each.broken]
+    arrays, rows = [], []
+    for part in parts:
+        data, too_long = encode_preferences(tokenizer, part, context)
+        broken += [f"row {part[i].completions[0][:40]!r}: longer than the context of {context}" for i in too_long]
+        arrays.append(data)
+        rows.append([row for i, row in enumerate(part) if i not in set(too_long)])
+    for line in broken[:10]:
+        print(f"warning: left out: {line}")
+    if len(broken) > 10:
+        print(f"warning: left out: {len(broken) - 10} more rows")
+    if kind_of(arrays[0]) != kind_of(arrays[1]):
+        raise InputError(f"The rows to learn from are {kind_of(arrays[0])}, and those held out {kind_of(arrays[1])}.")
+    return Judgements(*arrays, gaps=gaps_of(rows[1]), votes=votes_of(rows[1]), broken=len(broken))
+
+
+def gaps_of(rows: Sequence[Judged]) -> np.ndarray:
+    """The gaps of judged rows, NaN where unknown. [M]."""
+    return np.array([np.nan if row.gap is None else row.gap for row in rows])
+
+
+def votes_of(rows: Sequence[Judged]) -> np.ndarray:
+    """The raters' votes of judged rows, NaN where a row has fewer than another. [M, R]."""
+    most = max((len(row.raters) for row in rows), default=0)
+    return np.array([[*row.raters, *[np.nan] * (most - len(row.raters))] for row in rows]).reshape(len(rows), most)
+
+
+def standardise(data: Judgements) -> Judgements:
+    """Ratings with mean 0 and variance 1 over the training rows: the head has no bias to learn another mean with."""
+    mean, std = data.train.labels.mean(), data.train.labels.std()
+    if not std > 0:
+        raise InputError("All ratings are the same: there is nothing to learn from them.")
+    train, held_out = (
+        dataclasses.replace(part, labels=(part.labels - mean) / std) for part in (data.train, data.held_out)
+    )
+    return data._replace(train=train, held_out=held_out)
+
+
+def judge_pairs(rollout: Rollout, judge: JudgeFn, noise: float, seed: int) -> tuple[PreferenceBatch, np.ndarray]:
+    """Which of two completions of each prompt a gold reward prefers, with Bradley-Terry noise.
+
+    The first is preferred with probability sigmoid((g_0 - g_1) / (noise * std of g)).
+
+    Args:
+        rollout: NumPy arrays of B = 2 M sequences, two for each prompt.
+        judge: gives the gold reward.
+        noise: gold rewards' standard deviations in which the odds gain a factor of e; 0 for none.
+        seed: of the noise.
+
+    Returns:
+        Pairs, labelled 1 and 0, or 0.5 each where gold rewards are equal and there is no noise; and how far apart the
+        gold rewards are. [M].
+    """
+    gold = judge(rollout).reshape(-1, 2).astype(np.float64)
+    lead = (gold[:, 0] - gold[:, 1]) / (gold.std() or 1.0)
+    drawn = lead if noise == 0 else lead + noise * np.random.default_rng(seed).logistic(size=len(lead))
+    first = (np.sign(drawn) + 1) / 2
+    pairs = PreferenceBatch(
+        prompts=rollout.prompts[::2],
+        prompt_mask=rollout.prompt_mask[::2],
+        completions=rollout.completions.reshape(len(gold), 2, -1),
+        completion_mask=rollout.completion_mask.reshape(len(gold), 2, -1),
+        labels=jnp.stack([first, 1 - first], axis=1),
+        margins=jnp.zeros(len(gold)),
+    )
+    return jax.tree.map(np.asarray, pairs), np.abs(gold[:, 0] - gold[:, 1])
+
+
+def write_pairs(path: Path, pairs: PreferenceBatch, gaps: np.ndarray, tokenizer: Any) -> None:
+    """Write pairs as arrays that `read_pairs` gives back, and beside them as JSONL for people to read."""
+    texts = decode_completions(
+        tokenizer, *(x.reshape(-1, x.shape[-1]) for x in (pairs.completions, pairs.completion_mask))
+    )
+    asked = decode_completions(tokenizer, pairs.prompts, pairs.prompt_mask)
+    rows = []
+    for number, (labels, gap) in enumerate(zip(pairs.labels.tolist(), gaps.tolist(), strict=True)):
+        candidates = [(texts[2 * number + k], label) for k, label in enumerate(labels)]
+        ordered, shares = zip(*sorted(candidates, key=lambda pair: -pair[1]), strict=True)
+        rows.append(Judged(asked[number], ordered, shares, gap=gap))
+    write_preferences(path.with_suffix(".jsonl"), rows)
+    half = path.with_name(path.name + ".tmp")
+    save_file({**vars(pairs), "gaps": gaps}, half)
+    os.replace(half, path)
+
+
+def read_pairs(path: Path) -> tuple[PreferenceBatch, np.ndarray]:
+    """Pairs and gaps that `write_pairs` wrote."""
+    arrays: dict[str, Any] = load_file(path)
+    gaps = arrays.pop("gaps")
+    return PreferenceBatch(**arrays), gaps

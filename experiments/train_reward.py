@@ -1,0 +1,387 @@
+"""Learn a reward model from preferences, rankings or ratings, on the backbone of a pretrained policy.
+
+    python experiments/train_reward.py --policy runs/pretrain/policy --preferences pairs.jsonl --run runs/reward
+    python experiments/train_reward.py --policy runs/pretrain/policy --preferences pairs.jsonl --members 3 \\
+        --curve-shares 0.125 0.25 0.5 1 --curve-layers 1 2 4
+
+Writes the reward model, metrics, checkpoints and a report to the run's folder; `reinforce.py --reward learned
+--reward.model runs/reward/reward` optimises it.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rl_jax.preferences.diagnostics import pair_accuracy, pair_diagnostics, ranking_diagnostics, rating_diagnostics
+
+from experiments.judge import make_judge
+from experiments.judgements import Judgements, Kind, kind_of, load_judgements, standardise
+from experiments.pretrain import check_counts, check_optimizer, learning_rate
+from experiments.sampler import blocks, make_sampler
+from rl_jax.data.preferences import padded_batches, preference_batch
+from rl_jax.errors import InputError
+from rl_jax.keys import Purpose, check_seed, step_key
+from rl_jax.learner import init_state, make_optimizer
+from rl_jax.models.huggingface import Policy, load_policy
+from rl_jax.models.reward_model import (
+    RewardModel,
+    candidate_rewards,
+    candidates_rollout,
+    ensemble_rewards,
+    init_reward_params,
+    make_backbone,
+    normalize,
+    save_reward_model,
+)
+from rl_jax.models.transformer import TransformerConfig
+from rl_jax.preferences.learning import JudgedLoss, concordance, ensemble_update
+from rl_jax.preferences.losses import bradley_terry_loss, centring_penalty, plackett_luce_loss, rating_loss
+from rl_jax.rewards.compose import RewardConfig, make_reward
+from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
+from rl_jax.run.folder import check_run, open_run
+from rl_jax.run.loop import run_main, train
+from rl_jax.run.metrics import MetricsWriter, open_metrics
+from rl_jax.run.results import report_if_stopped, write_results
+from rl_jax.run.spmd import make_mesh, pmapped, put
+from rl_jax.sampling import Sampling
+from rl_jax.sign_check import check_preferred
+from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, Rollout, TrainState
+
+CHECKED = 256  # held-out pairs that must show which way the reward points
+EVALUATED = 512  # held-out rows behind a point of the curve; the summary has them all
+COUNTS = ("members", "steps", "batch_size", "microbatches", "evaluate_every", "checkpoint_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """Reward model: its size, and how it is trained."""
+
+    members: int = 1
+    """Reward models of the ensemble, trained side by side in one program."""
+    layers: int = 0
+    """Blocks of the policy's that the reward model keeps, the first ones; 0 keeps all."""
+    steps: int = 200
+    """Updates."""
+    batch_size: int = 32
+    """Judged prompts in an update, for each member."""
+    microbatches: int = 1
+    """Parts of a batch that go through the device one after another, to save memory."""
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW; it decays to a tenth along a cosine."""
+    warmup: int = 20
+    """Updates in which the learning rate rises to its peak, if there are so many."""
+    weight_decay: float = 0.1
+    """Weight decay of matrices."""
+    clip_norm: float = 1.0
+    """Longest gradient, global L2 norm over an ensemble member."""
+    label_smoothing: float = 0.0
+    """Pairs: chance of a label that is the opposite of what the judge meant, at most 0.5."""
+    centring: float = 0.0
+    """Weight of the squared mean of a prompt's rewards in the loss."""
+    evaluate_every: int = 50
+    """Updates between points of the held-out curve."""
+    checkpoint_every: int = 100
+    """Updates between checkpoints."""
+    curve_shares: tuple[float, ...] = ()
+    """Learning curve: shares of the training data to learn from as well, each by a further model."""
+    curve_layers: tuple[int, ...] = ()
+    """Learning curve: numbers of blocks to do so with; all of them where none is given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Learn a reward model from preferences, rankings or ratings."""
+
+    policy: Path
+    """Folder of the policy whose backbone it begins with, and on whose completions it is normalised."""
+    preferences: Path
+    """.jsonl or .parquet with prompt, chosen and rejected; prompt, completions and scores or ranks; or prompt,
+    completion and rating. Completions may be lists of messages."""
+    held_out: Path | None = None
+    """File of judgements to measure on; without it, a tenth of the others."""
+    learn: Annotated[Learning, tyro.conf.arg(name="")] = Learning()
+    normalize_prompts: int = 128
+    """Prompts of the judgements that the policy completes to normalise the reward."""
+    normalize_completions: int = 4
+    """Completions of each."""
+    completion_length: int = 48
+    """Most tokens of these."""
+    temperature: float = 0.8
+    """Divides the logits that these are sampled from."""
+    run: Path = Path("runs/reward")
+    """Folder that the run writes to."""
+    resume: bool = False
+    """Continue the run in that folder from its last checkpoint."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What activations are computed in; parameters are float32."""
+    seed: int = 0
+    """Seed of everything random but the held-out judgements, which are the same for all seeds."""
+
+
+def check(settings: Learning, config: TransformerConfig, kind: Kind, rows: int, seed: int) -> None:
+    """Raise InputError for settings that cannot work with so many rows to learn from, before anything is trained."""
+    check_seed(seed)
+    check_optimizer(settings.learning_rate, settings.warmup, settings.weight_decay, settings.clip_norm)
+    check_counts({name: getattr(settings, name) for name in COUNTS})
+    if settings.batch_size % (settings.microbatches * jax.device_count()):
+        raise InputError(
+            f"A batch_size of {settings.batch_size} does not divide into {settings.microbatches} microbatches over "
+            f"{jax.device_count()} devices."
+        )
+    for share in (*settings.curve_shares, 1.0):
+        if not 0 < share <= 1 or share * rows < settings.batch_size:
+            raise InputError(
+                f"{share:g} of {rows} judged rows is no share that fills a batch of {settings.batch_size}: "
+                "give more rows, a larger share of them (at most 1), or a smaller batch."
+            )
+    if settings.curve_shares and kind != "pairs":
+        raise InputError("A learning curve is measured in pairs; leave curve_shares out for rankings and ratings.")
+    if settings.curve_layers and not settings.curve_shares:
+        raise InputError("curve_layers has no effect without curve_shares: give the shares of a learning curve.")
+    for layers in (settings.layers or config.layers, *settings.curve_layers):
+        if not 1 <= layers <= config.layers:
+            raise InputError(f"layers is {layers}; the policy has {config.layers} blocks to choose from.")
+    if not 0 <= settings.label_smoothing <= 0.5 or (settings.label_smoothing and kind != "pairs"):
+        raise InputError("label_smoothing must be between 0 and 0.5, and is for pairs alone.")
+    if settings.centring < 0 or (settings.centring and kind == "ratings"):
+        raise InputError("centring must be at least 0, and is not for ratings, which say where the mean is.")
+
+
+def make_loss(settings: Learning, kind: Kind) -> JudgedLoss:
+    """What a member learns by."""
+
+    def loss(rewards: Array, batch: PreferenceBatch) -> Array:
+        there = jnp.any(batch.completion_mask, axis=2)
+        match kind:
+            case "pairs":
+                each = bradley_terry_loss(
+                    rewards, batch.labels, batch.margins, label_smoothing=settings.label_smoothing
+                )
+            case "rankings":
+                each = plackett_luce_loss(rewards, batch.labels, there)
+            case "ratings":
+                return rating_loss(rewards, batch.labels)
+        return each + settings.centring * centring_penalty(rewards, there)
+
+    return loss
+
+
+def fit(
+    settings: Learning,
+    backbone: PyTree,
+    config: TransformerConfig,
+    parts: Sequence[PreferenceBatch],
+    held_out: PreferenceBatch,
+    seed: int,
+    run: Path,
+    writer: MetricsWriter,
+    stage: str,
+) -> tuple[PyTree, np.ndarray]:
+    """Train a member on each of the parts, all in one program, or continue to.
+
+    Returns:
+        Their params [K, ...], and their rewards of the held-out candidates, as the head reads them [K, M', K'].
+    """
+    mesh, loss_fn = make_mesh(), make_loss(settings, kind_of(held_out))
+    schedule = learning_rate(settings.learning_rate, settings.steps, settings.warmup)
+    optimizer = make_optimizer(schedule, settings.weight_decay, settings.clip_norm, (0.9, 0.95))
+
+    def update(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
+        state, metrics = ensemble_update(state, batch, config, loss_fn, optimizer, settings.microbatches)
+        return state, metrics | {"learning_rate": jnp.asarray(schedule(state.step - 1)), "tokens": tokens(batch)}
+
+    def evaluate(params: PyTree, batch: PreferenceBatch) -> tuple[Array, Array]:
+        rewards = jax.vmap(lambda member: candidate_rewards(member, batch, config))(params)
+        return rewards, jax.vmap(lambda each: loss_fn(each, batch))(rewards)
+
+    mapped_update = pmapped(update, mesh, (None, 1), (None, None), donate=(0,))
+    mapped_evaluate = pmapped(evaluate, mesh, (None, 0), (1, 1))
+
+    def measure(params: PyTree, data: PreferenceBatch) -> tuple[np.ndarray, np.ndarray]:
+        found = [mapped_evaluate(params, batch) for batch in padded_batches(data, settings.batch_size)]
+        rewards, losses = (np.concatenate(each, axis=1)[:, : len(data.labels)] for each in zip(*found, strict=True))
+        return rewards, losses
+
+    curve = jax.tree.map(lambda rows: rows[:EVALUATED], held_out)
+
+    def step(state: TrainState, number: int) -> tuple[TrainState, Mapping[str, Any]]:
+        drawn = [preference_batch(part, settings.batch_size, seed + (k << 32), number) for k, part in enumerate(parts)]
+        state, metrics = mapped_update(state, jax.tree.map(lambda *rows: np.stack(rows), *drawn))
+        if (number + 1) % settings.evaluate_every == 0:
+            metrics |= held_out_metrics(*measure(state.params, curve), curve)
+        return state, metrics
+
+    keys = jax.vmap(partial(step_key, seed, Purpose.HEAD))(jnp.arange(len(parts)))
+    params = jax.vmap(lambda key: init_reward_params(key, backbone, config))(keys)
+    state = init_state(params, optimizer, kl_coefficient=0.0)
+    state = put(dataclasses.replace(state, opt_state=jax.vmap(optimizer.init)(params)), mesh)
+    identity = dataclasses.asdict(settings) | {"model": dataclasses.asdict(config), "seed": seed}
+    checkpoints = open_checkpoints(run / "checkpoints" / stage, identity | {"rows": [len(x.labels) for x in parts]})
+    state = restore_checkpoint(checkpoints, state) or state
+    state = train(
+        step,
+        state,
+        stage=stage,
+        steps=settings.steps,
+        writer=writer,
+        checkpoints=checkpoints,
+        checkpoint_every=settings.checkpoint_every,
+        shown=("loss", "accuracy", "held_out_accuracy", "tokens_per_second"),
+    )
+    close_checkpoints(checkpoints)
+    return state.params, measure(state.params, held_out)[0]
+
+
+def tokens(batch: PreferenceBatch) -> Array:
+    """How many real tokens go through the model: a prompt with each of its candidates."""
+    there = jnp.any(batch.completion_mask, axis=-1)
+    return jnp.sum(batch.completion_mask) + jnp.sum(there * jnp.sum(batch.prompt_mask, axis=-1, keepdims=True))
+
+
+def held_out_metrics(rewards: np.ndarray, losses: np.ndarray, data: PreferenceBatch) -> dict[str, Any]:
+    """Loss and accuracy of the members [K, M, K'], their means, and the standard deviation between them."""
+    metrics = {"held_out_loss": np.mean(losses)}
+    if data.labels.shape[1] > 1:
+        there = data.completion_mask.any(axis=2)
+        metrics["held_out_accuracy"] = np.mean([concordance(each, data.labels, there) for each in rewards])
+    if len(rewards) > 1:
+        centred = rewards - (rewards.mean(axis=2, keepdims=True) if data.labels.shape[1] > 1 else 0.0)
+        metrics["spread"] = np.mean(np.std(centred, axis=0))
+    return metrics
+
+
+def train_reward(
+    settings: Learning,
+    policy: Policy,
+    data: Judgements,
+    reference: Rollout,
+    seed: int,
+    run: Path,
+    writer: MetricsWriter,
+    stage: str = "reward",
+) -> tuple[RewardModel, dict[str, Any]]:
+    """Train a reward model, or continue to, and normalise it.
+
+    Args:
+        settings: how.
+        policy: whose backbone it begins with.
+        data: what it learns from, and is measured on.
+        reference: completions of the reference policy, on which the reward gets mean 0 and variance 1.
+        seed: of everything random.
+        run: the run's folder.
+        writer: of metrics.
+        stage: its name in the metrics.
+
+    Returns:
+        The reward model, and what the summary says of it.
+
+    Raises:
+        InputError: the rewards are the same for all, or prefer what was rejected.
+    """
+    kind, rows = kind_of(data.train), len(data.train.labels)
+    data = standardise(data) if kind == "ratings" else data
+
+    def fitted(layers: int, shares: Sequence[float], stage: str) -> tuple[RewardModel, np.ndarray]:
+        backbone, config = make_backbone(policy.params, policy.config, layers or None)
+        parts = [jax.tree.map(lambda x, share=share: x[: round(share * rows)], data.train) for share in shares]
+        params, rewards = fit(settings, backbone, config, parts, data.held_out, seed, run, writer, stage)
+        return RewardModel(params, config, policy.tokenizer), rewards
+
+    model, rewards = fitted(settings.layers, (1.0,) * settings.members, stage)
+    mesh = make_mesh()
+    judge = pmapped(partial(ensemble_rewards, config=model.config), mesh, (None, 0), 1)
+    parts = [jax.tree.map(lambda x, rows=rows: x[rows], reference) for rows in blocks(len(reference.prompts), mesh)]
+    judged = np.concatenate([judge(model.params, part) for part in parts], axis=1)
+    model = model._replace(params=normalize(jax.device_get(model.params), judged))
+    summary = {"kind": kind, "members": settings.members, "train_rows": rows, "broken_rows": data.broken}
+    summary |= {"held_out_rows": len(data.held_out.labels)}
+    summary |= diagnostics(rewards.mean(axis=0), data)
+    if kind == "pairs":
+        check_direction(model, data.held_out)
+    curve: list[dict[str, float]] = []
+    for layers in (settings.curve_layers or (settings.layers,)) if settings.curve_shares else ():
+        smaller, rewards = fitted(layers, settings.curve_shares, f"{stage}_curve_{layers}")
+        for share, each in zip(settings.curve_shares, rewards, strict=True):
+            accuracy = pair_accuracy(each, np.asarray(data.held_out.labels))
+            about = {"pairs": round(share * rows), "layers": smaller.config.layers}
+            curve.append(about | {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high})
+    return model, summary | {"learning_curve": curve}
+
+
+def diagnostics(rewards: np.ndarray, data: Judgements) -> dict[str, Any]:
+    """What is measured of rewards [M', K'] of the held-out candidates."""
+    labels, there = np.asarray(data.held_out.labels), np.asarray(data.held_out.completion_mask).any(axis=2)
+    match kind_of(data.held_out):
+        case "pairs":
+            return pair_diagnostics(rewards, labels, data.gaps, data.votes)
+        case "rankings":
+            return ranking_diagnostics(rewards, labels, there)
+        case "ratings":
+            return rating_diagnostics(rewards[:, 0], labels[:, 0])
+
+
+def check_direction(model: RewardModel, held_out: PreferenceBatch) -> None:
+    """Guard against a reward with the wrong sign: it must not prefer what judges rejected, as RL is given it."""
+    decided = held_out.labels[:, 0] != held_out.labels[:, 1]
+    some = np.flatnonzero(decided)[:CHECKED]
+    some = some[: len(some) // jax.device_count() * jax.device_count()]
+    judge = make_judge(make_reward(RewardConfig(("learned",)), model.tokenizer, model), model.tokenizer)
+    pairs = jax.tree.map(lambda x: x[some], held_out)
+    rewards = judge(candidates_rollout(pairs)).reshape(-1, 2)
+    first = pairs.labels[:, 0] > pairs.labels[:, 1]
+    preferred, rejected = np.where(first, rewards.T, rewards.T[::-1])
+    if warning := check_preferred(preferred, rejected):
+        print(f"warning: {warning}")
+
+
+def main(config: Config) -> None:
+    start = time.perf_counter()
+    check_run(config.run, config, config.resume)
+    policy = load_policy(config.policy, config.dtype)
+    data = load_judgements(config.preferences, config.held_out, policy.tokenizer, policy.config.context)
+    check(config.learn, policy.config, kind_of(data.train), len(data.train.labels), config.seed)
+    sampling = Sampling(
+        config.completion_length, config.normalize_completions, config.temperature, eos=(policy.tokenizer.eos_token_id,)
+    )
+    prompts = normalizing_prompts(config, data, policy.config)
+    run = open_run(config.run, "experiments/train_reward.py", config)
+    writer = open_metrics(run)
+    key = step_key(config.seed, Purpose.REFERENCE)
+    reference = make_sampler(policy.config, sampling, "reference")(policy.params, key, *prompts)
+    with report_if_stopped(run):
+        model, summary = train_reward(config.learn, policy, data, reference, config.seed, run, writer)
+    writer.close()
+    save_reward_model(run / "reward", model)
+    write_results(run, {"reward_model": summary, "seed": config.seed, "seconds": time.perf_counter() - start})
+
+
+def normalizing_prompts(config: Config, data: Judgements, model: TransformerConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of the judgements that leave room for a completion, repeated where they are too few. [N, P] each."""
+    check_counts(
+        {name: getattr(config, name) for name in ("normalize_prompts", "normalize_completions", "completion_length")}
+    )
+    if config.normalize_prompts % jax.device_count():
+        raise InputError(
+            f"normalize_prompts is {config.normalize_prompts}, which does not divide over {jax.device_count()} devices."
+        )
+    room = model.context - config.completion_length
+    prompts, mask = np.asarray(data.train.prompts)[:, -room:], np.asarray(data.train.prompt_mask)
+    fits = np.flatnonzero(mask.sum(axis=1) <= room) if room > 0 else []
+    if not len(fits):
+        raise InputError(
+            f"No prompt leaves room for a completion of {config.completion_length} tokens in a context of "
+            f"{model.context}: give a shorter completion_length."
+        )
+    chosen = np.resize(fits, config.normalize_prompts)
+    return prompts[chosen], mask[:, -room:][chosen]
+
+
+if __name__ == "__main__":
+    run_main(main, Config)
