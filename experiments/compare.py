@@ -5,12 +5,11 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.complete import SEQUENCES, in_blocks
 from experiments.judge import make_judge
-from experiments.sampler import blocks, join
 from rl_jax.data.prompts import decode_completions
 from rl_jax.data.tokenizer import token_pieces
 from rl_jax.evaluation import distinct_n, mean_interval, win_rate
@@ -20,7 +19,6 @@ from rl_jax.reinforce.advantages import leave_one_out_advantages
 from rl_jax.reinforce.gradient import Scores
 from rl_jax.rewards.compose import Reward
 from rl_jax.rollout import generate
-from rl_jax.run.progress import show_progress
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.sampling import Sampling, untruncated
 from rl_jax.scoring import Reference, completion_logprobs, completion_states, score_completions
@@ -102,15 +100,11 @@ def compare(
     keys = {side: step_key(seed, Purpose.EVALUATE, number) for number, side in enumerate(params)}
 
     def complete(side: str) -> Side:
-        measured, every = [], blocks(len(prompts[0]), mesh)
-        with show_progress(f"compare {side}", 0, len(every)) as progress:
-            for number, index in enumerate(every, 1):
-                batch = (keys[side], index, *(x[index] for x in prompts))
-                found = mapped_measure(params[side], params["after"], params["before"], *batch)
-                rewards = [judge(found[0]) for judge in judges]
-                measured.append(Side(*jax.device_get(found), *rewards))
-                progress.show(number, {})
-        return join(measured)
+        def block(index: np.ndarray, prompts: tuple[np.ndarray, np.ndarray]) -> Side:
+            found = mapped_measure(params[side], params["after"], params["before"], keys[side], index, *prompts)
+            return Side(*found, *[judge(found[0]) for judge in judges])
+
+        return in_blocks(block, prompts, SEQUENCES // settings.completions, f"compare {side}")
 
     before, after = complete("before"), complete("after")
     summary = _summarise(before, after, settings.completions) | {"reward": reward.name}

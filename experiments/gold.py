@@ -16,17 +16,16 @@ GoldMetrics = Callable[[Rollout, Array], Mapping[str, Any]]
 has risen, in standard deviations of the reference policy's completions."""
 
 
-def make_gold_metrics(gold: Reward, tokenizer: Any, reference: Rollout, rewards: np.ndarray) -> GoldMetrics:
+def make_gold_metrics(gold: Reward, tokenizer: Any, golden: np.ndarray, rewards: np.ndarray) -> GoldMetrics:
     """A function that measures what a step's completions are worth to a reward that is not optimised.
 
     Args:
         gold: that reward.
         tokenizer: the policy's.
-        reference: completions of the reference policy.
-        rewards: their rewards, the ones that are optimised. [B].
+        golden: what it gives to completions of the reference policy. [M].
+        rewards: what the reward that is optimised gives to them. [M].
     """
     judge = make_late_judge(gold, tokenizer)
-    golden = judge(reference)()
     reward_mean, reward_std, gold_mean, gold_std = (
         float(x) for x in (rewards.mean(), rewards.std() or 1.0, golden.mean(), golden.std() or 1.0)
     )

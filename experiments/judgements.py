@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from experiments.judge import JudgeFn
 from rl_jax.data.conversations import make_render
 from rl_jax.data.preferences import Judged, encode_preferences, read_preferences, write_preferences
 from rl_jax.data.prompts import decode_completions
@@ -98,14 +97,14 @@ def standardise(data: Judgements) -> Judgements:
     return data._replace(train=train, held_out=held_out)
 
 
-def judge_pairs(rollout: Rollout, judge: JudgeFn, noise: float, seed: int) -> tuple[PreferenceBatch, np.ndarray]:
+def judge_pairs(rollout: Rollout, gold: np.ndarray, noise: float, seed: int) -> tuple[PreferenceBatch, np.ndarray]:
     """Which of two completions of each prompt a gold reward prefers, with Bradley-Terry noise.
 
     The first is preferred with probability sigmoid((g_0 - g_1) / (noise * std of g)).
 
     Args:
         rollout: NumPy arrays of B = 2 M sequences, two for each prompt.
-        judge: gives the gold reward.
+        gold: their gold rewards. [M, 2].
         noise: gold rewards' standard deviations in which the odds gain a factor of e; 0 for none.
         seed: of the noise.
 
@@ -113,7 +112,7 @@ def judge_pairs(rollout: Rollout, judge: JudgeFn, noise: float, seed: int) -> tu
         Pairs, labelled 1 and 0, or 0.5 each where gold rewards are equal and there is no noise; and how far apart the
         gold rewards are. [M].
     """
-    gold = judge(rollout).reshape(-1, 2).astype(np.float64)
+    gold = np.asarray(gold, np.float64)
     lead = (gold[:, 0] - gold[:, 1]) / (gold.std() or 1.0)
     drawn = lead if noise == 0 else lead + noise * np.random.default_rng(seed).logistic(size=len(lead))
     first = (np.sign(drawn) + 1) / 2

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments.complete import Sampled, complete
 from experiments.judge import make_judge
 from experiments.judgements import HELD_OUT, Judgements, judge_pairs, load_judgements, read_pairs, write_pairs
 from experiments.pretrain import check_counts
 from experiments.reinforce import Prompts
-from experiments.sampler import make_sampler
 from experiments.train_reward import Learning, check, train_reward
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, step_key
@@ -71,9 +71,6 @@ def check_preferring(
         raise InputError(f"{settings.rounds} rounds do not divide {steps} updates of RL: give more updates.")
     if not 0 <= settings.noise < np.inf:
         raise InputError(f"noise is {settings.noise}; it must be a number of at least 0.")
-    for name, count in {"pairs": settings.pairs, "prompts for the normalisation": NORMALIZING}.items():
-        if count % jax.device_count():
-            raise InputError(f"{name}: {count} does not divide over {jax.device_count()} devices.")
     if settings.file is None:
         check(learning, config, "pairs", settings.pairs - round(HELD_OUT * settings.pairs), seed)
 
@@ -104,24 +101,25 @@ def make_learn(
         run: the run's folder.
         writer: of metrics.
     """
-    sample = make_sampler(policy.config, dataclasses.replace(sampling, group_size=2), "preferences")
-    judge = None if gold is None else make_judge(gold, policy.tokenizer)
+    judges = {} if gold is None else {"gold": make_judge(gold, policy.tokenizer)}
+    in_pairs = dataclasses.replace(sampling, group_size=2)
 
-    def completions(params: PyTree, key: jax.Array, number: int, count: int) -> Any:
+    def pairs(params: PyTree, key: jax.Array, number: int, count: int) -> Sampled:
         order = np.random.default_rng([seed, Purpose.PREFERENCE, number]).permutation(len(prompts.train[0]))
-        chosen = np.resize(order, count)
-        return sample(params, key, *(x[chosen] for x in prompts.train))
+        rows, (asked, mask) = np.resize(order, count), prompts.train
+        chosen = asked[rows], mask[rows]
+        return complete(policy._replace(params=params), None, chosen, judges, in_pairs, key, "preferences")
 
-    reference = completions(policy.params, step_key(seed, Purpose.REFERENCE, 1), 0, NORMALIZING)
+    reference = pairs(policy.params, step_key(seed, Purpose.REFERENCE, 1), 0, NORMALIZING).rollout
 
     def judgements(params: PyTree, number: int) -> Judgements:
         if settings.file is not None:
             return load_judgements(settings.file, settings.held_out, policy.tokenizer, policy.config.context)
-        assert judge is not None, "it was checked"
         path = run / f"preferences_{number}.safetensors"
         if not path.exists():
-            rollout = completions(params, step_key(seed, Purpose.PREFERENCE, number), number, settings.pairs)
-            write_pairs(path, *judge_pairs(rollout, judge, settings.noise, seed + number), policy.tokenizer)
+            sampled = pairs(params, step_key(seed, Purpose.PREFERENCE, number), number, settings.pairs)
+            judged = judge_pairs(sampled.rollout, sampled.rewards["gold"], settings.noise, seed + number)
+            write_pairs(path, *judged, policy.tokenizer)
         kept = settings.pairs - round(HELD_OUT * settings.pairs)
         rounds = [read_pairs(run / f"preferences_{n}.safetensors") for n in range(1, number + 1)]
         train, held_out = (_join(rounds, part) for part in (slice(kept), slice(kept, None)))

@@ -23,11 +23,11 @@ import tyro
 
 from experiments.collect import Collected, make_collect, make_sample
 from experiments.compare import Comparing, compare
+from experiments.complete import complete
 from experiments.gold import make_gold_metrics
 from experiments.judge import make_judge
 from experiments.options import EstimatorOptions, chosen_estimator, describe_estimator
 from experiments.pretrain import HELD_OUT, check_counts, check_optimizer
-from experiments.sampler import make_sampler
 from rl_jax.data.corpus import read_passages, split_held_out
 from rl_jax.data.prompts import decode_completions, passage_openings, prompt_batch
 from rl_jax.errors import InputError
@@ -164,9 +164,8 @@ def check(
             f"{estimator.minibatches} minibatches of {settings.microbatches} microbatches over "
             f"{jax.device_count()} devices."
         )
-    for name in ("prompts", "compare.prompts"):
-        if counts[name] % jax.device_count():
-            raise InputError(f"{name} is {counts[name]}, which does not divide over {jax.device_count()} devices.")
+    if settings.prompts % jax.device_count():
+        raise InputError(f"prompts is {settings.prompts}, which does not divide over {jax.device_count()} devices.")
     completions = settings.prompts * settings.group_size
     if estimator.kl_target is not None and estimator.kl_horizon <= completions / 5:
         raise InputError(
@@ -280,10 +279,10 @@ def reinforce(
     ref_params, reward_params = put(policy.params, mesh), put(reward.params, mesh)
     gold_metrics = None
     if gold is not None:
+        judges = {"reward": make_judge(reward, tokenizer), "gold": make_judge(gold, tokenizer)}
         key = step_key(seed, Purpose.REFERENCE)
-        reference = make_sampler(config, sampling, "reference")(ref_params, key, *prompts.held_out)
-        rewards = make_judge(reward, tokenizer)(reference)
-        gold_metrics = make_gold_metrics(gold, tokenizer, reference, rewards)
+        reference = complete(policy, None, prompts.held_out, judges, sampling, key, "reference").rewards
+        gold_metrics = make_gold_metrics(gold, tokenizer, reference["gold"], reference["reward"])
 
     def step(state: TrainState, number: int) -> tuple[TrainState, Mapping[str, Any]]:
         measure = settings.noise_every > 0 and number % settings.noise_every == 0

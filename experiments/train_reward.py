@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from rl_jax.preferences.diagnostics import pair_accuracy, pair_diagnostics, ranking_diagnostics, rating_diagnostics
 
+from experiments.complete import SEQUENCES, complete, in_blocks
 from experiments.judge import make_judge
 from experiments.judgements import Judgements, Kind, kind_of, load_judgements, standardise
 from experiments.pretrain import check_counts, check_optimizer, learning_rate
-from experiments.sampler import blocks, make_sampler
 from rl_jax.data.preferences import padded_batches, preference_batch
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, check_seed, step_key
@@ -41,6 +40,7 @@ from rl_jax.models.reward_model import (
     save_reward_model,
 )
 from rl_jax.models.transformer import TransformerConfig
+from rl_jax.preferences.diagnostics import pair_accuracy, pair_diagnostics, ranking_diagnostics, rating_diagnostics
 from rl_jax.preferences.learning import JudgedLoss, concordance, ensemble_update
 from rl_jax.preferences.losses import bradley_terry_loss, centring_penalty, plackett_luce_loss, rating_loss
 from rl_jax.rewards.compose import RewardConfig, make_reward
@@ -295,10 +295,7 @@ def train_reward(
         return RewardModel(params, config, policy.tokenizer), rewards
 
     model, rewards = fitted(settings.layers, (1.0,) * settings.members, stage)
-    mesh = make_mesh()
-    judge = pmapped(partial(ensemble_rewards, config=model.config), mesh, (None, 0), 1)
-    parts = [jax.tree.map(lambda x, rows=rows: x[rows], reference) for rows in blocks(len(reference.prompts), mesh)]
-    judged = np.concatenate([judge(model.params, part) for part in parts], axis=1)
+    judged = judge_all(model, reference)
     model = model._replace(params=normalize(jax.device_get(model.params), judged))
     summary = {"kind": kind, "members": settings.members, "train_rows": rows, "broken_rows": data.broken}
     summary |= {"held_out_rows": len(data.held_out.labels)}
@@ -313,6 +310,16 @@ def train_reward(
             about = {"pairs": round(share * rows), "layers": smaller.config.layers}
             curve.append(about | {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high})
     return model, summary | {"learning_curve": curve}
+
+
+def judge_all(model: RewardModel, rollout: Rollout) -> np.ndarray:
+    """The rewards of every member, of completions that there are. [K, B]."""
+    judge = pmapped(partial(ensemble_rewards, config=model.config), make_mesh(), (None, 0), 1)
+
+    def block(index: np.ndarray, part: Rollout) -> Array:
+        return judge(model.params, part).T
+
+    return in_blocks(block, rollout, SEQUENCES, "normalise").T
 
 
 def diagnostics(rewards: np.ndarray, data: Judgements) -> dict[str, Any]:
@@ -330,11 +337,10 @@ def diagnostics(rewards: np.ndarray, data: Judgements) -> dict[str, Any]:
 def check_direction(model: RewardModel, held_out: PreferenceBatch) -> None:
     """Guard against a reward with the wrong sign: it must not prefer what judges rejected, as RL is given it."""
     decided = held_out.labels[:, 0] != held_out.labels[:, 1]
-    some = np.flatnonzero(decided)[:CHECKED]
-    some = some[: len(some) // jax.device_count() * jax.device_count()]
+    pairs = jax.tree.map(lambda x: x[np.flatnonzero(decided)[:CHECKED]], held_out)
     judge = make_judge(make_reward(RewardConfig(("learned",)), model.tokenizer, model), model.tokenizer)
-    pairs = jax.tree.map(lambda x: x[some], held_out)
-    rewards = judge(candidates_rollout(pairs)).reshape(-1, 2)
+    candidates = jax.device_get(candidates_rollout(pairs))
+    rewards = in_blocks(lambda index, part: judge(part), candidates, SEQUENCES, "check the sign").reshape(-1, 2)
     first = pairs.labels[:, 0] > pairs.labels[:, 1]
     preferred, rejected = np.where(first, rewards.T, rewards.T[::-1])
     if warning := check_preferred(preferred, rejected):
@@ -354,7 +360,7 @@ def main(config: Config) -> None:
     run = open_run(config.run, "experiments/train_reward.py", config)
     writer = open_metrics(run)
     key = step_key(config.seed, Purpose.REFERENCE)
-    reference = make_sampler(policy.config, sampling, "reference")(policy.params, key, *prompts)
+    reference = complete(policy, None, prompts, {}, sampling, key, "reference").rollout
     with report_if_stopped(run):
         model, summary = train_reward(config.learn, policy, data, reference, config.seed, run, writer)
     writer.close()
@@ -367,10 +373,6 @@ def normalizing_prompts(config: Config, data: Judgements, model: TransformerConf
     check_counts(
         {name: getattr(config, name) for name in ("normalize_prompts", "normalize_completions", "completion_length")}
     )
-    if config.normalize_prompts % jax.device_count():
-        raise InputError(
-            f"normalize_prompts is {config.normalize_prompts}, which does not divide over {jax.device_count()} devices."
-        )
     room = model.context - config.completion_length
     prompts, mask = np.asarray(data.train.prompts)[:, -room:], np.asarray(data.train.prompt_mask)
     fits = np.flatnonzero(mask.sum(axis=1) <= room) if room > 0 else []

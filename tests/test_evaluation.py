@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from rl_jax.evaluation import distinct_n, mean_interval, win_rate
+from rl_jax.errors import InputError
+from rl_jax.evaluation import (
+    ask_judge,
+    distinct_n,
+    judged_shares,
+    mean_interval,
+    position_bias,
+    win_rate,
+    win_shares,
+)
 
 
 def correlated(rng: np.random.Generator, prompts: int, group: int) -> np.ndarray:
@@ -65,3 +74,46 @@ def test_distinct_n_by_hand(n, expected):
 def test_n_grams_do_not_cross_completions():
     assert distinct_n([[1, 2], [1, 2]], 2) == 0.5
     assert distinct_n([[1], [2]], 2) == 0.0
+
+
+def test_win_shares_by_hand():
+    shares = win_shares(np.array([[3, 1], [0, 0]]), np.array([[1, 2, 3], [0, -1, 1]]))
+    np.testing.assert_allclose(shares, [[2.5 / 3, 0.5 / 3], [0.5, 0.5]])
+    assert shares.dtype == np.float64
+
+
+def test_judge_is_asked_in_both_orders():
+    asked = []
+
+    def judge(prompt, first, second):
+        asked.append((prompt, first, second))
+        return {"ab": 0.9, "ba": 0.3, "cd": True, "dc": np.float32(1)}[first + second]
+
+    verdicts = ask_judge(judge, ["p", "q"], ["a", "c"], ["b", "d"])
+    assert asked == [("p", "a", "b"), ("p", "b", "a"), ("q", "c", "d"), ("q", "d", "c")]
+    np.testing.assert_allclose(verdicts, [[0.9, 0.3], [1, 1]])
+    np.testing.assert_allclose(judged_shares(verdicts), [0.8, 0.5])
+    bias = position_bias(verdicts[:, None])
+    assert bias.value == pytest.approx((0.2 + 1) / 2) and (bias.low, bias.high) == (-1, 1)
+
+
+def test_position_bias_tells_a_judge_that_looks_at_the_place_from_one_that_does_not():
+    texts = [str(x) for x in np.random.default_rng(0).permutation(40)]
+
+    def bias(judge):
+        return position_bias(ask_judge(judge, [""] * 20, texts[:20], texts[20:]).reshape(10, 2, 2))
+
+    assert bias(lambda prompt, first, second: 1.0) == (1, 1, 1)
+    assert bias(lambda prompt, first, second: 0) == (-1, -1, -1)
+    assert bias(lambda prompt, first, second: float(first) > float(second)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("verdict", [1.5, -0.1, math.nan, "first", None, [0.5]])
+def test_verdicts_that_are_no_probability_are_refused(verdict):
+    with pytest.raises(InputError, match=r"judge .*lambda.* gave .*number from 0 to 1; .*'left' and 'right'"):
+        ask_judge(lambda prompt, first, second: verdict, [""], ["left"], ["right"])
+
+
+def test_judge_that_fails_is_named():
+    with pytest.raises(InputError, match="failed with ZeroDivisionError"):
+        ask_judge(lambda prompt, first, second: 1 / 0, [""], ["left"], ["right"])

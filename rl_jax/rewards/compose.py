@@ -48,7 +48,7 @@ class RewardConfig:
     """What a completion is rewarded for."""
 
     names: Annotated[tuple[str, ...], tyro.conf.arg(name="")] = ("sentiment",)
-    """Rewards to add up. sentiment: VADER's compound score, in [-1, 1]. length: minus the distance from
+    """Rewards; RL adds them up. sentiment: VADER's compound score, in [-1, 1]. length: minus the distance from
     target_length, as a share of it. keyword: share of the keywords that occur. regex: 1 where the pattern matches,
     else 0. repetition: minus the share of repeated bigrams. tokens: share of the tokens that are keywords. learned: a
     reward model's, mean 0 and variance 1 on the reference policy. module:function is your own, of one rollout (JAX,
@@ -204,7 +204,7 @@ def _part(
         case "tokens":
             token_ids = keyword_ids(tokenizer, config.keywords)
             return lambda params, rollout: token_share(rollout, jnp.asarray(token_ids)), None
-    function = _import_function(name)
+    function = import_function(name)
     match _fewest_arguments(function):
         case 1:
             _check_shape(name, function)
@@ -235,14 +235,19 @@ def keyword_ids(tokenizer: PreTrainedTokenizerBase, keywords: tuple[str, ...]) -
     return ids
 
 
-def _import_function(name: str) -> Callable:
+def import_function(name: str, what: str = "reward") -> Callable:
+    """The function that module:function names; `what` it is goes into the message.
+
+    Raises:
+        InputError: there is none, or its module fails when it is run.
+    """
     module_name, _, function_name = name.partition(":")
     try:
         with _current_directory_importable():
             module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module does when it runs
         raise InputError(
-            f"the reward {name} cannot be imported: {type(error).__name__}: {error}; module is a Python module "
+            f"the {what} {name} cannot be imported: {type(error).__name__}: {error}; module is a Python module "
             "that is installed or in the current directory"
         ) from error
     function = getattr(module, function_name, None)
