@@ -1,4 +1,6 @@
+import dataclasses
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,11 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
+from rl_jax.models.reward_model import RewardModel, ensemble_rewards, init_reward_params
+from rl_jax.models.transformer import init_params, llama
 from rl_jax.rewards.compose import RewardConfig, keyword_ids, make_reward
 from rl_jax.rewards.text import score_texts
+from rl_jax.rewards.tokens import length_reward
 from rl_jax.types import Rollout
 
 OWN = """
@@ -186,8 +191,64 @@ def test_keyword_ids_are_the_word_alone_and_after_a_space(tokenizer):
     assert keyword_ids(tokenizer, ("abab", "ab")) == [258, 259, 257]
 
 
+@dataclasses.dataclass(frozen=True)
+class Script:
+    reward: RewardConfig = RewardConfig()
+    gold: RewardConfig = RewardConfig(names=())
+
+
 def test_the_configuration_is_a_command_line():
-    arguments = ["--names", "length", "own:f", "--weights", "1", "0.5", "--target-length", "20"]
+    arguments = ["--reward", "length", "own:f", "--reward.weights", "1", "0.5", "--reward.target-length", "20"]
     expected = RewardConfig(names=("length", "own:f"), weights=(1.0, 0.5), target_length=20)
-    assert tyro.cli(RewardConfig, args=arguments) == expected
-    assert hash(expected) == hash(tyro.cli(RewardConfig, args=arguments))
+    found = tyro.cli(Script, args=[*arguments, "--gold", "sentiment"])
+    assert found == Script(expected, RewardConfig())
+    assert hash(found.reward) == hash(expected)
+
+
+def learned(seed, members=1):
+    """A reward model of a tiny Transformer, and its tokenizer's vocabulary."""
+    tokenizer = train_tokenizer(["abab abab"], 260)
+    config = llama(260, 8, 1, 8, 2)
+    parts = [
+        init_reward_params(jax.random.key(seed + k), init_params(jax.random.key(k), config), config)
+        for k in range(members)
+    ]
+    return RewardModel(jax.tree.map(lambda *x: jnp.stack(x), *parts), config, tokenizer)
+
+
+def test_a_learned_reward_takes_its_params_and_is_summed_with_others(rollout):
+    model = learned(0, members=2)
+    config = RewardConfig(
+        ("learned", "length"), (2.0, 1.0), target_length=2, combine="mean_minus_spread", spread_weight=0.5
+    )
+    reward = make_reward(config, model.tokenizer, model)
+    rollout = dataclasses.replace(rollout, prompts=rollout.prompts % 260, completions=rollout.completions % 260)
+    other = learned(7, members=2)
+    for params in (reward.params, other.params):
+        each = np.asarray(ensemble_rewards(params, rollout, model.config))
+        expected = 2 * (each.mean(axis=0) - 0.5 * each.std(axis=0)) + np.asarray(length_reward(rollout, 2))
+        np.testing.assert_allclose(reward.on_tokens(params, rollout), expected, rtol=1e-4, atol=1e-5)
+    assert reward.name == "2 learned + length" and reward.on_text is None
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (RewardConfig(("learned",)), "needs model"),
+        (RewardConfig(("length",), target_length=3, combine="mean"), "combine is given, and no reward uses it"),
+        (RewardConfig(("length",), target_length=3, model=Path("x")), "model is given, and no reward uses it"),
+        (RewardConfig(("learned",), combine="mean_minus_spread"), "takes a spread_weight above 0"),
+        (RewardConfig(("learned",), combine="mean", spread_weight=1.0), "takes a spread_weight above 0"),
+        (RewardConfig(("learned",), model=Path("nowhere")), "not a reward model"),
+    ],
+)
+def test_settings_of_a_learned_reward_are_checked(config, message, tokenizer):
+    with pytest.raises(InputError, match=message):
+        make_reward(config, tokenizer)
+
+
+def test_a_reward_model_must_have_the_policys_vocabulary_and_members_to_combine(tokenizer):
+    with pytest.raises(InputError, match="another vocabulary"):
+        make_reward(RewardConfig(("learned",)), train_tokenizer(["cdcd cdcd"], 260), learned(0))
+    with pytest.raises(InputError, match="one member"):
+        make_reward(RewardConfig(("learned",), combine="minimum"), learned(0).tokenizer, learned(0))

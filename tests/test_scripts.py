@@ -30,8 +30,7 @@ def test_prompts_of_the_comparison_are_never_learned_from_and_span_the_corpus():
 
 
 def test_learning_rate_rises_and_falls_to_a_tenth():
-    settings = pretrain.Pretraining(learning_rate=1.0, warmup=4, steps=100)
-    rate = pretrain.learning_rate(settings)
+    rate = pretrain.learning_rate(1.0, steps=100, warmup=4)
     assert [float(rate(step)) for step in (0, 2, 4, 52, 100)] == pytest.approx([0.2, 0.6, 1.0, 0.55, 0.1])
 
 
