@@ -208,3 +208,48 @@ def test_figures_are_reproducible_and_share_no_id():
     assert first == again
     assert ids[0] and not ids[0] & ids[1]
     assert set(re.findall(r'(?:href="|url\()#([^")]*)', first)) <= ids[0]
+
+
+@pytest.mark.parametrize(
+    "stage, title",
+    [
+        ("pretrain", "Pretraining"),
+        ("finetune", "Supervised fine-tuning"),
+        ("reward", "Reward model"),
+        ("reward_2", "Reward model, round 2"),
+        ("rl_13", "Reinforcement learning, round 13"),
+        ("reward_0", "Reward_0"),
+        ("reward_x", "Reward_x"),
+        ("other_2", "Other_2"),
+        ("other", "Other"),
+    ],
+)
+def test_titles_of_stages_and_rounds(stage, title):
+    assert curves.stage_title(stage) == title
+
+
+def test_stages_stand_in_the_order_of_the_work():
+    stages = ("rl", "reward_10", "reward_2", "another", "reward", "finetune", "pretrain")
+    page = curves.curves({stage: rows(2, loss=1.0, reward=0.5) for stage in stages})
+    assert re.findall(r"<h3>([^<]*)</h3>", page) == [
+        "Pretraining",
+        "Supervised fine-tuning",
+        "Reward model",
+        "Reward model, round 2",
+        "Reward model, round 10",
+        "Reinforcement learning",
+    ]
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_proxy_and_gold_stand_beside_the_reward():
+    page = curves.curves({"rl": rows(2, reward=0.5, gold=0.4, gold_gain=1.0, reward_gain=2.0, kl=0.1)})
+    assert re.findall(r"<strong>([^<]*)</strong>", page) == ["Reward", "Proxy and gold", "Gold reward", "KL"]
+    assert ">proxy</span>" in page and ">gold</span>" in page
+    assert page.count('class="key"') == 3  # and that of the exact KL: a line alone needs none
+
+
+def test_the_spread_of_one_member_is_not_drawn():
+    assert "spread 0." in curves.curves({"reward": rows(2, loss=1.0, spread=0.0)})
+    assert curves.curves({"reward": rows(2, loss=1.0, spread=0.1)}).count("<svg ") == 2

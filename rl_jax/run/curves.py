@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,14 +23,24 @@ class Panel(NamedTuple):
     lost: str = "not finite"  # what a value that is no number means
 
 
+LEARNING = (
+    Panel("Gradient norm", "global L2 norm", {"grad_norm": ""}),
+    Panel("Learning rate", "step size", {"learning_rate": ""}),
+)
+LANGUAGE = (Panel("Loss", "nats a token", {"loss": "training", "held_out_loss": "held out"}), *LEARNING)
 PANELS = {
-    "pretrain": (
-        Panel("Loss", "nats a token", {"loss": "training", "held_out_loss": "held out"}),
-        Panel("Gradient norm", "global L2 norm", {"grad_norm": ""}),
-        Panel("Learning rate", "step size", {"learning_rate": ""}),
+    "pretrain": LANGUAGE,
+    "finetune": LANGUAGE,
+    "reward": (
+        Panel("Loss", "a judgement", {"loss": "training", "held_out_loss": "held out"}),
+        Panel("Accuracy", "share of pairs", {"accuracy": "training", "held_out_accuracy": "held out"}),
+        Panel("Ensemble’s spread", "std over members", {"spread": ""}),
+        *LEARNING,
     ),
     "rl": (
         Panel("Reward", "mean a completion", {"reward": ""}),
+        Panel("Proxy and gold", "std of the reference", {"reward_gain": "proxy", "gold_gain": "gold"}),
+        Panel("Gold reward", "mean a completion", {"gold": ""}),
         Panel("KL", "nats a completion", {"kl_k1": "estimated", "kl": "exact"}),
         Panel("Entropy", "nats a token", {"entropy": ""}),
         Panel("Reward spread", "standard deviation", {"reward_std": ""}),
@@ -52,8 +63,20 @@ PANELS = {
         Panel("Learning rate", "step size", {"learning_rate": ""}),
     ),
 }
-TITLES = {"pretrain": "Pretraining", "rl": "Reinforcement learning"}
-RESTS = {"clipped": 0.0, "ratio_min": 1.0, "ratio_max": 1.0, "effective_sample_size": 1.0, "kl_coefficient": None}
+TITLES = {
+    "pretrain": "Pretraining",
+    "finetune": "Supervised fine-tuning",
+    "reward": "Reward model",
+    "rl": "Reinforcement learning",
+}
+RESTS = {
+    "spread": 0.0,  # of one member
+    "clipped": 0.0,
+    "ratio_min": 1.0,
+    "ratio_max": 1.0,
+    "effective_sample_size": 1.0,
+    "kl_coefficient": None,
+}
 """Metrics that are not drawn while they stay within a thousandth of a value; None stands for their first."""
 COLOURS = ("#2a6fb0", "#d9822b", "#1b222c")  # told apart with every common kind of colour blindness, and without colour
 GREY = "#5b6573"
@@ -66,9 +89,23 @@ STYLE = {
     "xtick.color": GREY,
     "ytick.color": GREY,
 }
-UNSMOOTHED = frozenset({"held_out_loss", "learning_rate", "kl_coefficient"})  # few points, or no noise
+UNSMOOTHED = frozenset(
+    {"held_out_loss", "held_out_accuracy", "learning_rate", "kl_coefficient"}
+)  # few points, or no noise
 NOTE = "Faint: every update. Strong: a centred mean over a twentieth of them, where they are 40 or more."
 STILL = "Not drawn, because they never moved: {}."
+
+
+def split_round(stage: str) -> tuple[str, int]:
+    """A stage's kind and the number of its round: "reward_2" is the second of "reward"."""
+    kind, _, number = stage.rpartition("_")
+    return (kind, int(number)) if kind in PANELS and re.fullmatch("[1-9][0-9]{0,5}", number) else (stage, 1)
+
+
+def stage_title(stage: str) -> str:
+    """What a page calls a stage; of one that it does not know, the name."""
+    kind, number = split_round(stage)
+    return TITLES.get(kind, kind.capitalize()) + (f", round {number}" if number > 1 else "")
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -132,17 +169,11 @@ def draw(series: dict[str, Line], unit: str, prefix: str, log: bool = False) -> 
         prefix: begins every id in the SVG; one for each figure of a page.
         log: makes the vertical axis logarithmic where the positive values span a factor of ten.
     """
-    import matplotlib  # slow to import, and only a report needs it
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": prefix}):
-        figure = Figure(figsize=(3.5, 2.2), layout="constrained")
-        axes = figure.add_subplot(xlabel="step", ylabel=unit, axisbelow=True)
+    def fill(axes: Any) -> None:
         for (name, (steps, values)), colour in zip(series.items(), COLOURS, strict=False):
             _plot(axes, name, steps, values, colour)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e8ebef", linewidth=0.6)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         if log and (decades := _decades(series)) >= 1:
@@ -151,6 +182,28 @@ def draw(series: dict[str, Line], unit: str, prefix: str, log: bool = False) -> 
             axes.yaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}".replace("-", "−")))
+
+    return draw_axes(fill, "step", unit, prefix)
+
+
+def draw_axes(fill: Callable[[Any], None], across: str, up: str, prefix: str) -> str:
+    """An inline SVG of what `fill` draws on the axes that it is given.
+
+    Args:
+        fill: matplotlib axes -> nothing.
+        across: the label of the horizontal axis.
+        up: that of the vertical one.
+        prefix: begins every id in the SVG; one for each figure of a page.
+    """
+    import matplotlib  # slow to import, and only a report needs it
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": prefix}):
+        figure = Figure(figsize=(3.5, 2.2), layout="constrained")
+        axes = figure.add_subplot(xlabel=across, ylabel=up, axisbelow=True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e8ebef", linewidth=0.6)
+        fill(axes)
         target = io.StringIO()
         figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
     return _inline(target.getvalue(), prefix)
@@ -163,19 +216,20 @@ def _decades(series: dict[str, Line]) -> float:
     return float(np.log10(values.max() / values.min())) if len(values) else 0.0
 
 
+def figure_element(title: str, keys: Iterable[tuple[str, str]], svg: str, more: str = "") -> str:
+    """A figure of the page: its caption, with a key for each label and colour, and the SVG."""
+    shown = "".join(f'<span class="key" style="--colour:{colour}">{label}</span>' for label, colour in keys if label)
+    return f"<figure><figcaption><strong>{title}</strong>{shown}{more}</figcaption>{svg}</figure>"
+
+
 def _panel(panel: Panel, lines: dict[str, Line], prefix: str) -> str:
     series = {name: lines[name] for name in panel.series if name in lines}
     if not series:
         return ""
-    keys = "".join(
-        f'<span class="key" style="--colour:{colour}">{panel.series[name]}</span>'
-        for name, colour in zip(series, COLOURS, strict=False)
-        if panel.series[name]
-    )
+    keys = zip((panel.series[name] for name in series), COLOURS, strict=False)
     lost = sum(int((~np.isfinite(values)).sum()) for _, values in series.values())
-    keys += f'<span class="lost">{lost} {panel.lost}</span>' if lost else ""
-    caption = f"<figcaption><strong>{panel.title}</strong>{keys}</figcaption>"
-    return f"<figure>{caption}{draw(series, panel.unit, prefix, panel.log)}</figure>"
+    more = f'<span class="lost">{lost} {panel.lost}</span>' if lost else ""
+    return figure_element(panel.title, keys, draw(series, panel.unit, prefix, panel.log), more)
 
 
 def curves(metrics: dict[str, Rows]) -> str:
@@ -184,13 +238,16 @@ def curves(metrics: dict[str, Rows]) -> str:
     Args:
         metrics: the rows of each stage, sorted by "step"; a value may be None.
     """
+    kinds = list(PANELS)
+    known = [stage for stage in metrics if split_round(stage)[0] in kinds]
     grids = ""
-    for stage, panels in PANELS.items():
-        lines = {name: _line(metrics.get(stage, ()), name) for panel in panels for name in panel.series}
+    for stage in sorted(known, key=lambda stage: (kinds.index(split_round(stage)[0]), split_round(stage)[1])):
+        panels = PANELS[split_round(stage)[0]]
+        lines = {name: _line(metrics[stage], name) for panel in panels for name in panel.series}
         still = {name: resting_value(name, values) for name, (_, values) in lines.items()}
         lines = {name: line for name, line in lines.items() if still[name] is None and np.isfinite(line[1]).any()}
         figures = "".join(_panel(panel, lines, f"{stage}-{number}") for number, panel in enumerate(panels))
-        grids += f'<h3>{TITLES[stage]}</h3><div class="grid">{figures}</div>' if figures else ""
+        grids += f'<h3>{stage_title(stage)}</h3><div class="grid">{figures}</div>' if figures else ""
         names = ", ".join(f"{name} {value:g}" for name, value in still.items() if value is not None)
         grids += f'<p class="note">{STILL.format(names)}</p>' if figures and names else ""
     return grids and grids + f'<p class="note">{NOTE}</p>'

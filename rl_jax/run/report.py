@@ -9,7 +9,9 @@ from html import escape
 from pathlib import Path
 
 from rl_jax.run.curves import curves
+from rl_jax.run.parting import parting_warning
 from rl_jax.run.report_sections import before_after, completions, figures, headline, settings, times
+from rl_jax.run.reward_sections import reward_section
 from rl_jax.run.run_files import Run, read_run
 
 UNREADABLE = '<p class="note lost">Lines of metrics.jsonl left out because they are no whole row: {}.</p>'
@@ -32,6 +34,7 @@ PAGE = """<!doctype html>
 <h1>{name}</h1>
 <p class="headline">{headline}</p>
 </header>
+{warning}
 {figures}
 {sections}
 </main>
@@ -59,10 +62,12 @@ def render(run: Run) -> str:
     sections = {
         "Before and after": before_after(run.summary),
         "Training": curves(run.metrics) + (UNREADABLE.format(run.unreadable) if run.unreadable else ""),
+        "Reward model": reward_section(run.summary),
         "Completions": completions(run.pairs),
         "Time": times(run.summary, run.metrics),
         "Settings": settings(run.config),
     }
+    warning = parting_warning(run.metrics)
     about = [run.config[name] for name in ("script", "device") if name in run.config]
     about += [f"seed {run.summary['seed']}"] if "seed" in run.summary else []
     return PAGE.format(
@@ -70,6 +75,7 @@ def render(run: Run) -> str:
         name=escape(run.name),
         about=escape(" · ".join(map(str, about))),
         headline=escape(headline(run.summary, run.metrics)),
+        warning=warning and f'<p class="warning"><strong>Warning.</strong> {escape(warning)}</p>',
         figures=figures(run.summary),
         sections="\n".join(f"<section><h2>{h}</h2>{body}</section>" for h, body in sections.items() if body),
     )

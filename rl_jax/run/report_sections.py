@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rl_jax.run.curves import TITLES
+from rl_jax.run.curves import stage_title
 from rl_jax.run.run_files import Rows, finite
 
 LEVELS = 6  # shades on either side of zero
@@ -45,8 +45,10 @@ class Cells(NamedTuple):
 
 MEASURES = {
     "reward": Measure("Reward", "mean a completion", "reward_before", "reward_after"),
+    "gold": Measure("Gold reward", "mean a completion", "gold_before", "gold_after"),
     "kl": Measure("Exact KL", "nats a completion, tuned from pretrained", "", "kl"),
     "win_rate": Measure("Win rate", "of pairs, tuned over pretrained on one prompt", "", "win_rate", True),
+    "gold_win_rate": Measure("Gold win rate", "of the same pairs, by the gold reward", "", "gold_win_rate", True),
     "length": Measure("Completion length", "tokens", "length_before", "length_after"),
     "truncated": Measure("Truncated", "of completions", "truncated_before", "truncated_after", True),
     "perplexity": Measure(
@@ -57,6 +59,8 @@ MEASURES = {
     "held_out_perplexity": Measure("Held-out perplexity", "a token", "held_out_perplexity", ""),
     "bits": Measure("Held-out bits", "bits a byte", "held_out_bits_per_byte", ""),
 }
+
+ACCURACY = Measure("Reward model", "of held-out pairs", "", "pair_accuracy", True)  # in the summary's "reward_model"
 
 HACKING = (
     '<div class="aside"><h3>Is the reward hacked?</h3><p><strong>Reference perplexity</strong> is the pretrained '
@@ -103,7 +107,8 @@ def _interval(summary: dict[str, Any], name: str) -> list[float]:
     return known if len(known) == 2 else []
 
 
-def _cells(summary: dict[str, Any], measure: Measure) -> Cells:
+def measured(summary: dict[str, Any], measure: Measure) -> Cells:
+    """A measure of a summary as text."""
     scale, mark = (100, "%") if measure.percent else (1, "")
     before, after = (finite(summary.get(name)) for name in (measure.before, measure.after))
     bounds = [_interval(summary, name) for name in (measure.before, measure.after)]
@@ -118,48 +123,85 @@ def _cells(summary: dict[str, Any], measure: Measure) -> Cells:
     return Cells(number(before), ranges[0], number(after), ranges[1], change)
 
 
+def reward_model(summary: dict[str, Any]) -> dict[str, Any]:
+    """What the summary says of the reward model, {} where it has none."""
+    about = summary.get("reward_model")
+    return about if isinstance(about, dict) else {}
+
+
 # Sections
 
 
 def headline(summary: dict[str, Any], metrics: dict[str, Rows]) -> str:
     """The result of the run as a sentence or two of plain text."""
-    cells = {name: _cells(summary, measure) for name, measure in MEASURES.items()}
+    cells = {name: measured(summary, measure) for name, measure in MEASURES.items()}
     if cells["reward"].change:
-        return _reward_sentence(summary, cells["reward"], cells["kl"], cells["win_rate"])
+        return _reward_sentences(summary, cells)
     sentences = []
     if cells["held_out_loss"].before != MISSING:
         loss, perplexity, bits = (cells[name].before for name in ("held_out_loss", "held_out_perplexity", "bits"))
         also = f"perplexity {perplexity}, {bits} bits a byte"
         sentences.append(f"The pretrained model has a held-out loss of {loss} nats a token ({also}).")
+    accuracy = measured(reward_model(summary), ACCURACY)
+    if accuracy.after != MISSING:
+        between = f" ({accuracy.after_interval})" if accuracy.after_interval else ""
+        sentences.append(f"The reward model prefers what was preferred in {accuracy.after} of held-out pairs{between}.")
     if not sentences or "rl" in metrics:
-        reached = [f"step {rows[-1]['step']:,} of {TITLES.get(name, name).lower()}" for name, rows in metrics.items()]
+        reached = [f"step {rows[-1]['step']:,} of {stage_title(name).lower()}" for name, rows in metrics.items()]
         sentences.append(f"Unfinished: the metrics reach {(reached or ['no step'])[-1]}.")
     return " ".join(sentences)
 
 
-def _reward_sentence(summary: dict[str, Any], reward: Cells, kl: Cells, win: Cells) -> str:
-    before, after = (_interval(summary, name) for name in ("reward_before", "reward_after"))
-    apart = before and after and (before[1] < after[0] or after[1] < before[0])
-    verb = ("lowered" if reward.change.startswith("−") else "raised") if apart else "moved"
-    name = f" ({summary['reward']})" if "reward" in summary else ""
-    sentence = f"Tuning {verb} the mean reward{name} from {reward.before} to {reward.after}"
-    sentence += ", with 95% intervals that overlap," if before and after and not apart else ""
-    if kl.after != MISSING:
-        sentence += f" at an exact KL of {kl.after} nats a completion"
-    if win.after != MISSING:
-        sentence += f"; its completions win {win.after} of pairs with the pretrained"
-    return sentence.rstrip(",") + "."
+def _reward_sentences(summary: dict[str, Any], cells: dict[str, Cells]) -> str:
+    reward, gold = cells["reward"], cells["gold"]
+    apart = _apart(summary, "reward")
+    verb = _verb(apart, reward, "raised", "lowered", "moved")
+    sentence = f"Tuning {verb} the mean reward{_named(summary, 'reward')} from {reward.before} to {reward.after}"
+    sentence += ", with 95% intervals that overlap," if apart is False else ""
+    if cells["kl"].after != MISSING:
+        sentence += f" at an exact KL of {cells['kl'].after} nats a completion"
+    if cells["win_rate"].after != MISSING:
+        sentence += f"; its completions win {cells['win_rate'].after} of pairs with the pretrained"
+    sentence = sentence.rstrip(",") + "."
+    if gold.change:
+        apart = _apart(summary, "gold")
+        verb = _verb(apart, gold, "rose", "fell", "moved")
+        sentence += f" The gold reward{_named(summary, 'gold')} {verb} from {gold.before} to {gold.after}"
+        sentence += ", with 95% intervals that overlap" if apart is False else ""
+        if cells["gold_win_rate"].after != MISSING:
+            sentence += f"; by it they win {cells['gold_win_rate'].after} of the pairs"
+        sentence += "."
+    return sentence
+
+
+def _apart(summary: dict[str, Any], name: str) -> bool | None:
+    """Whether the intervals before and after do not overlap; None where one is not known."""
+    before, after = (_interval(summary, f"{name}_{side}") for side in ("before", "after"))
+    return (before[1] < after[0] or after[1] < before[0]) if before and after else None
+
+
+def _verb(apart: bool | None, cells: Cells, up: str, down: str, neither: str) -> str:
+    return (down if cells.change.startswith("−") else up) if apart else neither
+
+
+def _named(summary: dict[str, Any], name: str) -> str:
+    return f" ({summary[name]})" if name in summary else ""
 
 
 def figures(summary: dict[str, Any]) -> str:
     """The row of headline figures, those that the summary has."""
     tuned = finite(summary.get("reward_after")) is not None
-    names = ("reward", "kl", "win_rate", "perplexity") if tuned else ("held_out_loss", "held_out_perplexity", "bits")
+    names = (
+        ("reward", "gold", "kl", "win_rate", "perplexity")
+        if tuned
+        else ("held_out_loss", "held_out_perplexity", "bits")
+    )
     tiles = []
     for measure in (MEASURES[name] for name in names):
-        cells = _cells(summary, measure)
+        cells = measured(summary, measure)
         note = f"from {cells.before}" if cells.change else measure.unit.split(",")[0]
         tiles.append((measure.label, cells.after if tuned else cells.before, note))
+    tiles.append((ACCURACY.label, measured(reward_model(summary), ACCURACY).after, ACCURACY.unit))
     for label, name, units in (("Parameters", "parameters", COUNTS), ("Time", "seconds", DURATIONS)):
         if (value := finite(summary.get(name))) is not None:
             number, _, unit = _scaled(value, units).partition(" ")
@@ -178,7 +220,7 @@ def before_after(summary: dict[str, Any]) -> str:
         return ""
     rows = ""
     for measure in MEASURES.values():
-        cells = _cells(summary, measure)
+        cells = measured(summary, measure)
         if cells.before == cells.after == MISSING:
             continue
         rows += (
@@ -235,7 +277,7 @@ def times(summary: dict[str, Any], metrics: dict[str, Rows]) -> str:
         speeds = [speed for row in metrics.get(stage, ()) if (speed := finite(row.get("tokens_per_second")))]
         speed = f"{statistics.median(speeds):,.0f} tokens/s" if speeds else ""
         rows += (
-            f'<tr><th scope="row">{escape(TITLES.get(stage, stage.capitalize()))}</th>'
+            f'<tr><th scope="row">{escape(stage_title(stage))}</th>'
             f"<td>{_scaled(seconds, DURATIONS)}</td>"
             f'<td><span class="bar" style="--share:{seconds / longest:.4f}"></span></td><td>{speed}</td></tr>'
         )

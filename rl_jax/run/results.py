@@ -8,6 +8,7 @@ from typing import Any
 
 from rl_jax.run.folder import write_json
 from rl_jax.run.loop import Interrupted, RunFailed
+from rl_jax.run.parting import parting_warning
 from rl_jax.run.report import headline, write_report
 from rl_jax.run.run_files import read_run
 
@@ -37,4 +38,6 @@ def write_results(folder: Path, summary: Mapping[str, Any], pairs: Sequence[Mapp
         write_json(folder / "completions.json", {"pairs": pairs})
     report = write_report(folder)
     run = read_run(folder)
-    print(f"\n{headline(run.summary, run.metrics)}\nThe report is {report}; everything else is in {folder}.")
+    warning = parting_warning(run.metrics)
+    told = headline(run.summary, run.metrics) + (f"\nWarning. {warning}" if warning else "")
+    print(f"\n{told}\nThe report is {report}; everything else is in {folder}.")
