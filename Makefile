@@ -18,7 +18,7 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
-	$(BIN)/python -m pytest -q --durations=5
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5
 
 # Against the models of transformers in PyTorch, and against the losses of TRL, which nothing else here needs; a test
 # that is skipped fails. The tests say what TRL 1.16 does: with another version, read them again.
