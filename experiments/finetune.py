@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.judgements import say_left_out
 from experiments.pretrain import check_counts, check_optimizer, learning_rate
 from rl_jax.data.conversations import make_render
 from rl_jax.data.preferences import encode_preferences, padded_batches, preference_batch, read_demonstrations
@@ -34,7 +35,6 @@ from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, TrainState
 
 HELD_OUT = 0.1  # share of the rows that are never learned from
 CURVE_ROWS = 256  # held-out rows behind a point of the curve; the summary has them all
-NAMED = 5  # rows left out that are named one by one
 COUNTS = ("steps", "batch_size", "microbatches", "evaluate_every", "checkpoint_every")
 
 
@@ -99,9 +99,7 @@ def load_demonstrations(path: Path, tokenizer: Any, context: int) -> Demonstrati
         *broken,
         *(f"{path}: the row {rows[i].completions[0][:40]!r} is longer than {context}" for i in too_long),
     ]
-    if left_out:
-        print(f"{len(left_out)} rows of {path} are left out:")
-        print("\n".join(left_out[:NAMED] + ["..."] * (len(left_out) > NAMED)))
+    say_left_out(left_out)
     total = len(data.prompts)
     held_out = round(HELD_OUT * total)
     if not 0 < held_out < total:

@@ -19,6 +19,7 @@ from rl_jax.types import PreferenceBatch, Rollout
 
 Kind = Literal["pairs", "rankings", "ratings"]
 
+NAMED = 5  # rows left out that are named one by one
 HELD_OUT = 0.1  # share of the judgements that a reward model never learns from, where no file holds them
 
 
@@ -65,14 +66,18 @@ def load_judgements(preferences: Path, held_out: Path | None, tokenizer: Any, co
         data, too_long = encode_preferences(tokenizer, part, context)
         broken += [f"row {part[i].completions[0][:40]!r}: longer than the context of {context}" for i in too_long]
         arrays.append(data)
-        rows.append([row for i, row in enumerate(part) if i not in set(too_long)])
-    for line in broken[:10]:
-        print(f"warning: left out: {line}")
-    if len(broken) > 10:
-        print(f"warning: left out: {len(broken) - 10} more rows")
+        rows.append([part[i] for i in sorted(set(range(len(part))) - set(too_long))])
+    say_left_out(broken)
     if kind_of(arrays[0]) != kind_of(arrays[1]):
         raise InputError(f"The rows to learn from are {kind_of(arrays[0])}, and those held out {kind_of(arrays[1])}.")
     return Judgements(*arrays, gaps=gaps_of(rows[1]), votes=votes_of(rows[1]), broken=len(broken))
+
+
+def say_left_out(lines: Sequence[str]) -> None:
+    """Show how many rows of a file cannot be used, and why the first of them cannot."""
+    if lines:
+        print(f"{len(lines)} rows are left out:")
+        print("\n".join([*lines[:NAMED], *["..."] * (len(lines) > NAMED)]))
 
 
 def gaps_of(rows: Sequence[Judged]) -> np.ndarray:

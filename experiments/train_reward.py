@@ -287,10 +287,13 @@ def train_reward(
     """
     kind, rows = kind_of(data.train), len(data.train.labels)
     data = standardise(data) if kind == "ratings" else data
+    order = np.random.default_rng(0).permutation(
+        rows
+    )  # a file may be sorted, and a share of it is to be like the whole
 
     def fitted(layers: int, shares: Sequence[float], stage: str) -> tuple[RewardModel, np.ndarray]:
         backbone, config = make_backbone(policy.params, policy.config, layers or None)
-        parts = [jax.tree.map(lambda x, share=share: x[: round(share * rows)], data.train) for share in shares]
+        parts = [jax.tree.map(lambda x, share=share: x[order[: round(share * rows)]], data.train) for share in shares]
         params, rewards = fit(settings, backbone, config, parts, data.held_out, seed, run, writer, stage)
         return RewardModel(params, config, policy.tokenizer), rewards
 
@@ -336,8 +339,10 @@ def diagnostics(rewards: np.ndarray, data: Judgements) -> dict[str, Any]:
 
 def check_direction(model: RewardModel, held_out: PreferenceBatch) -> None:
     """Guard against a reward with the wrong sign: it must not prefer what judges rejected, as RL is given it."""
-    decided = held_out.labels[:, 0] != held_out.labels[:, 1]
-    pairs = jax.tree.map(lambda x: x[np.flatnonzero(decided)[:CHECKED]], held_out)
+    decided = np.flatnonzero(held_out.labels[:, 0] != held_out.labels[:, 1])[:CHECKED]
+    if not len(decided):
+        return
+    pairs = jax.tree.map(lambda x: x[decided], held_out)
     judge = make_judge(make_reward(RewardConfig(("learned",)), model.tokenizer, model), model.tokenizer)
     candidates = jax.device_get(candidates_rollout(pairs))
     rewards = in_blocks(lambda index, part: judge(part), candidates, SEQUENCES, "check the sign").reshape(-1, 2)
