@@ -52,44 +52,48 @@ def batch():
 
 
 def test_the_reward_is_read_at_the_last_real_token(batch):
-    params = member(0)
-    found = candidate_rewards(params, batch, CONFIG)
+    params, rows = member(0), []
+    found = jax.jit(lambda params, batch: candidate_rewards(params, batch, CONFIG))(params, batch)
     for row, k in np.ndindex(4, 2):
         prompt = np.asarray(batch.prompts[row])[np.asarray(batch.prompt_mask[row])]
         completion = np.asarray(batch.completions[row, k])[np.asarray(batch.completion_mask[row, k])]
-        tokens = np.concatenate([prompt, completion])[None]
-        state = hidden_states(params, tokens, np.ones(tokens.shape, bool), CONFIG)[0, -1]
-        np.testing.assert_allclose(found[row, k], state @ params["reward_head"]["kernel"][:, 0], rtol=1e-4, atol=1e-6)
+        rows.append(np.concatenate([prompt, completion]))
+    lengths = np.array([len(row) for row in rows])
+    tokens = np.stack([np.pad(row, (0, 8 - len(row))) for row in rows])
+    states = jax.jit(lambda tokens, mask: hidden_states(params, tokens, mask, CONFIG))(
+        tokens, np.arange(8) < lengths[:, None]
+    )
+    expected = states[np.arange(8), lengths - 1] @ params["reward_head"]["kernel"][:, 0]
+    np.testing.assert_allclose(found.reshape(-1), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_reward_depends_neither_on_padding_nor_on_the_batch(batch):
     params, rollout = member(0), candidates_rollout(batch)
     tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
     mask = jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)
-    alone = jnp.concatenate([sequence_rewards(params, tokens[i : i + 1], mask[i : i + 1], CONFIG) for i in range(8)])
+    rewards = jax.jit(lambda tokens, mask: sequence_rewards(params, tokens, mask, CONFIG))
+    alone = jnp.concatenate([rewards(tokens[i : i + 1], mask[i : i + 1]) for i in range(8)])
     padded = [jnp.pad(x, ((0, 0), (2, 4))) for x in (tokens, mask)]
     other = jnp.where(mask, tokens, 7)
-    for found in (
-        sequence_rewards(params, tokens, mask, CONFIG),
-        sequence_rewards(params, *padded, CONFIG),
-        sequence_rewards(params, other, mask, CONFIG),
-    ):
+    for found in (rewards(tokens, mask), rewards(*padded), rewards(other, mask)):
         np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-6)
     assert np.ptp(alone) > 1e-3
 
 
 def test_an_ensemble_is_its_members_side_by_side(batch):
     rollout, params = candidates_rollout(batch), ensemble(3)
-    found = ensemble_rewards(params, rollout, CONFIG)
+    found = jax.jit(lambda params: ensemble_rewards(params, rollout, CONFIG))(params)
+    alone = jax.jit(lambda params: completion_rewards(params, rollout, CONFIG))
     for k in range(3):
-        np.testing.assert_allclose(found[k], completion_rewards(member(k), rollout, CONFIG), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found[k], alone(member(k)), rtol=1e-5, atol=1e-6)
 
 
 def test_normalised_rewards_have_mean_0_and_variance_1(batch):
     rollout, params = candidates_rollout(batch), ensemble(2)
+    rewards = jax.jit(lambda params: ensemble_rewards(params, rollout, CONFIG))
     for _ in range(2):  # the second time nothing changes
-        params = normalize(params, np.asarray(ensemble_rewards(params, rollout, CONFIG)))
-        found = np.asarray(ensemble_rewards(params, rollout, CONFIG))
+        params = normalize(params, np.asarray(rewards(params)))
+        found = np.asarray(rewards(params))
         np.testing.assert_allclose(found.mean(axis=1), 0, atol=1e-5)
         np.testing.assert_allclose(found.std(axis=1), 1, rtol=1e-4)
     with pytest.raises(InputError, match="the same reward"):
@@ -112,7 +116,7 @@ def test_a_smaller_backbone_has_the_first_blocks_and_no_output():
 def test_saved_and_read_again_it_is_the_same(tmp_path, batch, family):
     tokenizer, config = train_tokenizer(["some text to learn from"] * 3, 260), family(300, 16, 1, 16, 2)
     params, rollout = ensemble(2, config), candidates_rollout(batch)
-    params = normalize(params, np.asarray(ensemble_rewards(params, rollout, config)))
+    params = normalize(params, np.asarray(jax.jit(lambda p: ensemble_rewards(p, rollout, config))(params)))
     save_reward_model(tmp_path, RewardModel(params, config, tokenizer))
     model = load_reward_model(tmp_path)
     assert model.config == config and model.tokenizer.get_vocab() == tokenizer.get_vocab()

@@ -249,8 +249,9 @@ def load_policy(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32",
     """
     from rl_jax.data.tokenizer import load_tokenizer  # slow to import
 
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{folder} is not a policy: it has no tokenizer.json. Give the policy folder of a run.")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is not a policy: it has no {name}. Give the policy folder of a run.")
     config, tensors = read_model(folder, dtype, remat)
     tokenizer = load_tokenizer(folder)
     if tokenizer.eos_token_id is None:
@@ -272,7 +273,7 @@ def read_model(
     """
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} is not a model: it has no {name}. Give the policy folder of a run.")
+            raise InputError(f"{folder} is not a model: it has no {name}. Copy or train it again.")
     try:
         settings = json.loads((folder / "config.json").read_text("utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
