@@ -18,7 +18,7 @@ from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.sampling import Sampling, most_likely
 from rl_jax.types import Array, Metrics, PyTree, Rollout
 
-REFILLS = 1 << 32  # added to the seed: the stream of prompts that replace others; no seed is as large
+REFILLS = 1 << 64  # added to the seed: the stream of prompts that replace others, words away from any other
 
 
 class Rewarded(NamedTuple):
@@ -38,10 +38,10 @@ class Collected(NamedTuple):
 SampleFn = Callable[[PyTree, PyTree, Array, Array, Array], Collected]
 """Params, the reward's params, key, prompts [N, P], mask -> completions; their rewards are those on tokens."""
 
-CollectFn = Callable[[PyTree, PyTree, int], tuple[Collected, Metrics]]
-"""Params, the reward's params, number of the step -> completions with all their rewards, and metrics: where groups are
-replaced, rounds (how many batches were sampled), and reward and zero_signal_groups of the first, which nothing has
-selected."""
+CollectFn = Callable[[PyTree, PyTree, int], tuple[Collected, Rollout, Metrics]]
+"""Params, the reward's params, number of the step -> completions to learn from with all their rewards; the rollout that
+was sampled first, which nothing has selected; and metrics: where groups are replaced, rounds (how many batches were
+sampled), and reward and zero_signal_groups of the first."""
 
 
 def make_sample(config: TransformerConfig, sampling: Sampling, reward: Reward, needs_greedy: bool) -> SampleFn:
@@ -101,10 +101,11 @@ def make_collect(
         sampled, greedy = mapped_sample(params, reward_params, key, *prompt_batch(*prompts, batch_size, stream, number))
         return Collected(reward_text(sampled), None if greedy is None else reward_text(greedy))
 
-    def collect(params: PyTree, reward_params: PyTree, number: int) -> tuple[Collected, Metrics]:
+    def collect(params: PyTree, reward_params: PyTree, number: int) -> tuple[Collected, Rollout, Metrics]:
         batch = complete(params, reward_params, step_key(seed, Purpose.SAMPLE, number), seed, number)
+        first = batch.sampled.rollout
         if rounds == 1:
-            return batch, {}
+            return batch, first, {}
         reward, wanting = jnp.mean(batch.sampled.rewards), zero_signal_groups(batch.sampled.rewards, group_size)
         metrics = {"reward": reward, "zero_signal_groups": jnp.mean(wanting, dtype=jnp.float32)}
         sampled = 1
@@ -114,6 +115,6 @@ def make_collect(
                 batch, complete(params, reward_params, key, seed + REFILLS, number * rounds + sampled)
             )
             sampled += 1
-        return batch, metrics | {"rounds": jnp.asarray(sampled)}
+        return batch, first, metrics | {"rounds": jnp.asarray(sampled)}
 
     return collect

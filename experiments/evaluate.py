@@ -327,8 +327,8 @@ def main(config: Config) -> None:
             verdicts = verdicts.reshape(len(prompts), config.completions, 2)
             wins[config.judge] = judged_shares(verdicts)
         rows += [row(name, sampled, n, wins, verdicts, binary, config) for n in config.best_of]
-    draw_policies(folder / "evaluate.png", rows, [f"reward {name}" for name in config.reward.names])
     write_table(folder, rows, dataclasses.asdict(config) | {"seconds": time.perf_counter() - start})
+    draw_policies(folder / "evaluate.png", rows, [f"reward {name}" for name in config.reward.names])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.judgements import say_left_out
+from experiments.judgements import say_left_out, split_rows
 from experiments.pretrain import check_counts, check_optimizer, learning_rate
 from rl_jax.data.conversations import make_render
 from rl_jax.data.preferences import encode_preferences, padded_batches, preference_batch, read_demonstrations
@@ -33,7 +33,6 @@ from rl_jax.run.results import report_if_stopped, write_results
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, TrainState
 
-HELD_OUT = 0.1  # share of the rows that are never learned from
 CURVE_ROWS = 256  # held-out rows behind a point of the curve; the summary has them all
 COUNTS = ("steps", "batch_size", "microbatches", "evaluate_every", "checkpoint_every")
 
@@ -100,12 +99,14 @@ def load_demonstrations(path: Path, tokenizer: Any, context: int) -> Demonstrati
         *(f"{path}: the row {rows[i].completions[0][:40]!r} is longer than {context}" for i in too_long),
     ]
     say_left_out(left_out)
-    total = len(data.prompts)
-    held_out = round(HELD_OUT * total)
-    if not 0 < held_out < total:
-        raise InputError(f"{path} has {total} rows that can be used; give at least 10, so that some can be held out.")
-    chosen = np.isin(np.arange(total), np.random.default_rng(0).choice(total, held_out, replace=False))
-    train, kept = (jax.tree.map(lambda rows, part=part: rows[part], data) for part in (~chosen, chosen))
+    usable = [rows[i] for i in sorted(set(range(len(rows))) - set(too_long))]
+    kept_texts = {(row.prompt, row.completions) for row in split_rows(usable)[1]}
+    chosen = np.array([(row.prompt, row.completions) in kept_texts for row in usable], bool)
+    if not 0 < chosen.sum() < len(chosen):
+        raise InputError(
+            f"{path} has {len(usable)} rows that can be used; give at least 10, so that some can be held out."
+        )
+    train, kept = (jax.tree.map(lambda x, part=part: x[part], data) for part in (~chosen, chosen))
     return Demonstrations(train, kept, len(left_out))
 
 

@@ -13,7 +13,7 @@ from rl_jax.types import Array, Rollout
 
 GoldMetrics = Callable[[Rollout, Array], Mapping[str, Any]]
 """A step's completions and their mean reward [] -> metrics: gold (its mean); reward_gain and gold_gain, how far either
-has risen, in standard deviations of the reference policy's completions."""
+lies above its mean on the reference policy's completions of the held-out prompts, in their standard deviations."""
 
 
 def make_gold_metrics(gold: Reward, tokenizer: Any, golden: np.ndarray, rewards: np.ndarray) -> GoldMetrics:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from rl_jax.data.conversations import make_render
 from rl_jax.data.preferences import Judged, encode_preferences, read_preferences, write_preferences
@@ -19,7 +21,7 @@ from rl_jax.types import PreferenceBatch, Rollout
 
 Kind = Literal["pairs", "rankings", "ratings"]
 
-NAMED = 5  # rows left out that are named one by one
+NAMED = 20  # rows left out that are named one by one
 HELD_OUT = 0.1  # share of the judgements that a reward model never learns from, where no file holds them
 
 
@@ -52,25 +54,65 @@ def kind_of(data: PreferenceBatch) -> Kind:
 def load_judgements(preferences: Path, held_out: Path | None, tokenizer: Any, context: int) -> Judgements:
     """Read judgements and those held out, or a tenth of the others; say which rows cannot be used, and why."""
     read = [read_preferences(path, make_render(tokenizer)) for path in (preferences, held_out) if path is not None]
-    if held_out is None:
-        chosen = np.random.default_rng(0).permutation(len(read[0].rows))
-        kept = round(HELD_OUT * len(chosen))
-        parts = [[read[0].rows[i] for i in np.sort(part)] for part in (chosen[kept:], chosen[:kept])]
-    else:
-        parts = [each.rows for each in read]
+    parts = [each.rows for each in read] if held_out is not None else split_rows(read[0].rows)
     if not all(parts):
         raise InputError(f"{preferences} has too few rows to hold some out: give more, or a held_out file.")
+    if held_out is not None and (shared := set(map(_texts, parts[0])) & set(map(_texts, parts[1]))):
+        print(f"warning: {len(shared)} rows of {held_out} are also learned from")
     broken = [line for each in read for line in each.broken]
     arrays, rows = [], []
     for part in parts:
         data, too_long = encode_preferences(tokenizer, part, context)
         broken += [f"row {part[i].completions[0][:40]!r}: longer than the context of {context}" for i in too_long]
-        arrays.append(data)
+        arrays.append(data if len(arrays) else without_every_second_end(data))
         rows.append([part[i] for i in sorted(set(range(len(part))) - set(too_long))])
     say_left_out(broken)
     if kind_of(arrays[0]) != kind_of(arrays[1]):
         raise InputError(f"The rows to learn from are {kind_of(arrays[0])}, and those held out {kind_of(arrays[1])}.")
     return Judgements(*arrays, gaps=gaps_of(rows[1]), votes=votes_of(rows[1]), broken=len(broken))
+
+
+def split_rows(rows: Sequence[Judged]) -> list[list[Judged]]:
+    """The rows to learn from, and about a tenth that shares no prompt with them, nor a text where there is no prompt.
+
+    Where all of them hang together, rows are held out one by one, and that is said.
+    """
+    if len(rows) < 2:
+        return [list(rows), []]
+    places: dict[str, int] = {}
+    marks = [
+        (row, places.setdefault(mark, len(places)))
+        for row, each in enumerate(rows)
+        for mark in ([f"prompt {each.prompt}"] if each.prompt else each.completions)
+    ]
+    row, mark = np.array(marks).T
+    links = coo_array((np.ones(len(row)), (row, len(rows) + mark)), shape=(len(rows) + len(places),) * 2)
+    _, components = connected_components(links, directed=False)
+    _, members, sizes = np.unique(components[: len(rows)], return_inverse=True, return_counts=True)
+    wanted, held_out = round(HELD_OUT * len(rows)), np.zeros(len(rows), bool)
+    for component in np.random.default_rng(0).permutation(len(sizes)):
+        if held_out.sum() < wanted and held_out.sum() + sizes[component] <= 1.5 * wanted:
+            held_out |= members == component
+    if held_out.sum() < 0.5 * wanted:
+        print("warning: too many rows share prompts or texts: those held out share some with those learned from")
+        held_out = np.isin(np.arange(len(rows)), np.random.default_rng(0).permutation(len(rows))[:wanted])
+    return [[each for each, out in zip(rows, held_out, strict=True) if out == part] for part in (False, True)]
+
+
+def without_every_second_end(data: PreferenceBatch) -> PreferenceBatch:
+    """The same rows, of which every second has its completions without their last token, the end of the text.
+
+    RL cuts completions at a length, and the reward is then to be read where there is no end.
+    """
+    mask = data.completion_mask.copy()
+    lengths = mask.sum(axis=2)
+    row, candidate = np.nonzero((lengths > 1) & (np.arange(len(mask)) % 2 == 1)[:, None])
+    mask[row, candidate, lengths[row, candidate] - 1] = False
+    return dataclasses.replace(data, completion_mask=mask)
+
+
+def _texts(row: Judged) -> tuple[str, ...]:
+    return (row.prompt, *sorted(row.completions))
 
 
 def say_left_out(lines: Sequence[str]) -> None:
@@ -102,7 +144,9 @@ def standardise(data: Judgements) -> Judgements:
     return data._replace(train=train, held_out=held_out)
 
 
-def judge_pairs(rollout: Rollout, gold: np.ndarray, noise: float, seed: int) -> tuple[PreferenceBatch, np.ndarray]:
+def judge_pairs(
+    rollout: Rollout, gold: np.ndarray, noise: float, seed: int | Sequence[int]
+) -> tuple[PreferenceBatch, np.ndarray]:
     """Which of two completions of each prompt a gold reward prefers, with Bradley-Terry noise.
 
     The first is preferred with probability sigmoid((g_0 - g_1) / (noise * std of g)).
@@ -116,9 +160,14 @@ def judge_pairs(rollout: Rollout, gold: np.ndarray, noise: float, seed: int) -> 
     Returns:
         Pairs, labelled 1 and 0, or 0.5 each where gold rewards are equal and there is no noise; and how far apart the
         gold rewards are. [M].
+
+    Raises:
+        InputError: all gold rewards are the same, or one is not finite.
     """
     gold = np.asarray(gold, np.float64)
-    lead = (gold[:, 0] - gold[:, 1]) / (gold.std() or 1.0)
+    if not (np.isfinite(gold).all() and gold.std() > 0):
+        raise InputError("The gold reward is the same for every completion, or not finite: it cannot judge any pair.")
+    lead = (gold[:, 0] - gold[:, 1]) / gold.std()
     drawn = lead if noise == 0 else lead + noise * np.random.default_rng(seed).logistic(size=len(lead))
     first = (np.sign(drawn) + 1) / 2
     pairs = PreferenceBatch(

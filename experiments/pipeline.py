@@ -19,8 +19,8 @@ import numpy as np
 from experiments.compare import compare
 from experiments.finetune import Demonstrations, Finetuning, finetune, load_demonstrations
 from experiments.finetune import check as check_finetuning
+from experiments.judgements import Judgements
 from experiments.options import describe_estimator
-from experiments.preferences import Learned, Preferring, check_preferring, make_learn, make_refresh
 from experiments.pretrain import Pretraining, load_text, model_config, pretrain
 from experiments.pretrain import check as check_pretraining
 from experiments.reinforce import (
@@ -32,6 +32,7 @@ from experiments.reinforce import (
     split_prompts,
 )
 from experiments.reinforce import check as check_reinforcing
+from experiments.rounds import Preferring, make_learn, prepare
 from experiments.train_reward import Learning
 from rl_jax.errors import InputError
 from rl_jax.models.huggingface import save_policy
@@ -73,7 +74,7 @@ def main(config: Config) -> None:
     model = model_config(config.pretrain)
     check_run(config.run, config, config.resume)
     text = load_text(config.corpus, config.pretrain.vocab_size, config.run / "policy" if config.resume else None)
-    reward, gold = make_rewards(config, text.tokenizer, model)
+    reward, gold, given = make_rewards(config, text.tokenizer, model)
     prompts = split_prompts(rl, text.tokenizer, text.held_out)
     demonstrations = load_if_given(config, text.tokenizer, model.context)
     check_pretraining(config.pretrain, text, seed)
@@ -94,24 +95,21 @@ def main(config: Config) -> None:
             policy, measured = finetune(config.finetune, policy, demonstrations, seed, run, writer)
         save_policy(run / "finetuned", policy)
         summary |= {"finetune": measured}
-    rounds: list[Learned] = []
-    refresh = None
+    learn, rounds = None, config.preferences.rounds
     if is_learned_here(config):
+        learn = make_learn(config.preferences, config.learn, given, policy, gold, prompts, sampling, seed, run, writer)
         with timed(seconds, "reward"), report_if_stopped(run):
-            learn = make_learn(config.preferences, config.learn, policy, gold, prompts, sampling, seed, run, writer)
-            rounds.append(learn(policy.params, 1))
-        reward = reward._replace(params=rounds[0].model.params)
-        refresh = make_refresh(learn, rounds, config.preferences.rounds, rl.steps)
-        write_json(run / "summary.json", summary | {"reward_model": rounds[0].summary})
+            first = learn(policy.params, 1)
+        reward = reward._replace(params=first.model.params)
+        write_json(run / "summary.json", summary | {"reward_model": first.summary})
     with timed(seconds, "rl"), report_if_stopped(run):
-        tuned = reinforce(rl, policy, reward, prompts, seed, run, writer, gold, refresh)
+        params_of_round = learn and (lambda params, number: learn(params, number).model.params)
+        tuned = reinforce(rl, policy, reward, prompts, seed, run, writer, gold, params_of_round, rounds)
     save_policy(run / "policy", tuned)
+    if learn is not None:
+        last = learn(tuned.params, rounds)
+        reward, summary = reward._replace(params=last.model.params), summary | {"reward_model": last.summary}
     writer.close()
-    if rounds:
-        reward, summary = (
-            reward._replace(params=rounds[-1].model.params),
-            summary | {"reward_model": rounds[-1].summary},
-        )
     with timed(seconds, "compare"):
         compared, pairs = compare(rl.compare, policy, tuned, reward, prompts.held_out, sampling, seed, gold)
     spent = {"seconds": time.perf_counter() - start, "seconds_by_stage": seconds}
@@ -134,22 +132,22 @@ def is_learned_here(config: Config) -> bool:
     return "learned" in config.reward.names and config.reward.model is None
 
 
-def make_rewards(config: Config, tokenizer: Any, model: TransformerConfig) -> tuple[Reward, Reward | None]:
-    """The reward that is optimised, one that is learned in this run still without params, and the gold reward."""
+def make_rewards(
+    config: Config, tokenizer: Any, model: TransformerConfig
+) -> tuple[Reward, Reward | None, Judgements | None]:
+    """The reward that is optimised, without params yet if it is learned here; the gold one; judgements from a file."""
     gold = make_gold(config.gold, tokenizer)
     if not is_learned_here(config):
         for name, default in (("preferences", Preferring()), ("learn", Learning())):
             if getattr(config, name) != default:
-                raise InputError(
-                    f"{name} has no effect: the reward is not learned in this run; ask for --reward learned."
-                )
-        return make_reward(config.reward, tokenizer), gold
+                raise InputError(f"{name} has no effect: the reward is not learned here; ask for --reward learned.")
+        return make_reward(config.reward, tokenizer), gold, None
     if gold is None and config.preferences.file is None:
         gold = make_reward(RewardConfig(), tokenizer)
-    check_preferring(config.preferences, config.learn, model, gold, config.reinforce.steps, config.seed)
+    given = prepare(config.preferences, config.learn, model, tokenizer, gold, config.reinforce.steps, config.seed)
     shape = dataclasses.replace(model, layers=config.learn.layers or model.layers, tied=True)
     blank = RewardModel({"members": np.zeros(config.learn.members)}, shape, tokenizer)
-    return make_reward(config.reward, tokenizer, blank)._replace(params=()), gold
+    return make_reward(config.reward, tokenizer, blank)._replace(params=()), gold, given
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from rl_jax.reinforce.estimators import ESTIMATORS
 from rl_jax.rewards.compose import Reward, RewardConfig, make_reward
 from rl_jax.rewards.text import score_texts
 from rl_jax.rollout import check_lengths
-from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
+from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint, save_checkpoint
 from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.loop import run_main, train
 from rl_jax.run.metrics import MetricsWriter, open_metrics
@@ -155,6 +155,11 @@ def check(
     counts |= {f"compare.{name}": count for name, count in dataclasses.asdict(settings.compare).items()}
     check_counts(counts)
     check_lengths(settings.prompt_length, make_sampling(settings, tokenizer.eos_token_id), config)
+    if settings.prompt_length + settings.completion_length > reward.context:
+        raise InputError(
+            f"A prompt of {settings.prompt_length} tokens and a completion of {settings.completion_length} are longer "
+            f"than the reward model's context of {reward.context}: shorten one of them."
+        )
     if settings.temperature == 0:
         raise InputError("A policy learns from sampled completions: give a temperature above 0.")
     estimator = chosen_estimator(settings.estimator, settings.options, settings.group_size)
@@ -199,7 +204,8 @@ def reinforce(
     run: Path,
     writer: MetricsWriter,
     gold: Reward | None = None,
-    refresh: Callable[[PyTree, int], PyTree] | None = None,
+    learn_reward: Callable[[PyTree, int], PyTree] | None = None,
+    rounds: int = 1,
 ) -> Policy:
     """Tune a policy, or continue to.
 
@@ -212,7 +218,9 @@ def reinforce(
         run: the run's folder.
         writer: of metrics.
         gold: a reward to measure beside it.
-        refresh: the policy's params, number of the step -> the reward's params for the step; `reward.params` without.
+        learn_reward: the policy's params, number of the round, from 2 -> the reward's params in it; in the first they are
+            `reward.params`.
+        rounds: equal parts of RL, each with a reward of its own.
     """
     config, tokenizer, mesh = policy.config, policy.tokenizer, make_mesh()
     sampling = make_sampling(settings, tokenizer.eos_token_id)
@@ -276,7 +284,7 @@ def reinforce(
         rounds=estimator.sampling_rounds,
         seed=seed,
     )
-    ref_params, reward_params = put(policy.params, mesh), put(reward.params, mesh)
+    ref_params, reward_params = put(policy.params, mesh), {1: put(reward.params, mesh)}
     gold_metrics = None
     if gold is not None:
         judges = {"reward": make_judge(reward, tokenizer), "gold": make_judge(gold, tokenizer)}
@@ -284,18 +292,26 @@ def reinforce(
         reference = complete(policy, None, prompts.held_out, judges, sampling, key, "reference").rewards
         gold_metrics = make_gold_metrics(gold, tokenizer, reference["gold"], reference["reward"])
 
+    def params_of_round(state: TrainState, number: int) -> PyTree:
+        current = 1 + number * rounds // settings.steps
+        if learn_reward is not None and current not in reward_params:
+            save_checkpoint(checkpoints, state)  # learning takes a while, and may be stopped
+            reward_params.clear()
+            reward_params[current] = put(learn_reward(state.params, current), mesh)
+        return reward_params[current]
+
     def step(state: TrainState, number: int) -> tuple[TrainState, Mapping[str, Any]]:
         measure = settings.noise_every > 0 and number % settings.noise_every == 0
         shuffle = step_key(seed, Purpose.SHUFFLE, number)
-        judge_params = refresh(state.params, number) if refresh else reward_params
+        judge_params = params_of_round(state, number)
         if reward.on_text is None and estimator.sampling_rounds == 1 and not measure:
             keys = jnp.stack([step_key(seed, Purpose.SAMPLE, number), shuffle])
             batch = prompt_batch(*prompts.train, settings.prompts, seed, number)
             state, metrics, rollout = mapped_step(state, ref_params, judge_params, keys, *batch)
         else:
-            collected, selection = collect(state.params, judge_params, number)
+            collected, rollout, selection = collect(state.params, judge_params, number)
             state, metrics = (mapped_measure if measure else mapped_learn)(state, ref_params, shuffle, collected)
-            metrics, rollout = metrics | selection, collected.sampled.rollout
+            metrics |= selection
         return state, metrics | (gold_metrics(rollout, metrics["reward"]) if gold_metrics else {})
 
     params = add_value_head(policy.params, config) if estimator.critic else policy.params

@@ -9,6 +9,7 @@ Writes the reward model, metrics, checkpoints and a report to the run's folder; 
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -67,13 +68,13 @@ class Learning:
     """Reward models of the ensemble, trained side by side in one program."""
     layers: int = 0
     """Blocks of the policy's that the reward model keeps, the first ones; 0 keeps all."""
-    steps: int = 200
+    steps: int = 240
     """Updates."""
     batch_size: int = 32
     """Judged prompts in an update, for each member."""
     microbatches: int = 1
     """Parts of a batch that go through the device one after another, to save memory."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """Peak learning rate of AdamW; it decays to a tenth along a cosine."""
     warmup: int = 20
     """Updates in which the learning rate rises to its peak, if there are so many."""
@@ -92,7 +93,7 @@ class Learning:
     curve_shares: tuple[float, ...] = ()
     """Learning curve: shares of the training data to learn from as well, each by a further model."""
     curve_layers: tuple[int, ...] = ()
-    """Learning curve: numbers of blocks to do so with; all of them where none is given."""
+    """Learning curve: numbers of blocks to do so with; those of the reward model where none is given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +151,10 @@ def check(settings: Learning, config: TransformerConfig, kind: Kind, rows: int, 
             raise InputError(f"layers is {layers}; the policy has {config.layers} blocks to choose from.")
     if not 0 <= settings.label_smoothing <= 0.5 or (settings.label_smoothing and kind != "pairs"):
         raise InputError("label_smoothing must be between 0 and 0.5, and is for pairs alone.")
-    if settings.centring < 0 or (settings.centring and kind == "ratings"):
-        raise InputError("centring must be at least 0, and is not for ratings, which say where the mean is.")
+    if not 0 <= settings.centring < math.inf or (settings.centring and kind == "ratings"):
+        raise InputError(
+            "centring must be a number of at least 0, and is not for ratings, which say where the mean is."
+        )
 
 
 def make_loss(settings: Learning, kind: Kind) -> JudgedLoss:
@@ -212,7 +215,7 @@ def fit(
     curve = jax.tree.map(lambda rows: rows[:EVALUATED], held_out)
 
     def step(state: TrainState, number: int) -> tuple[TrainState, Mapping[str, Any]]:
-        drawn = [preference_batch(part, settings.batch_size, seed + (k << 32), number) for k, part in enumerate(parts)]
+        drawn = [preference_batch(part, settings.batch_size, seed + (k << 64), number) for k, part in enumerate(parts)]
         state, metrics = mapped_update(state, jax.tree.map(lambda *rows: np.stack(rows), *drawn))
         if (number + 1) % settings.evaluate_every == 0:
             metrics |= held_out_metrics(*measure(state.params, curve), curve)
@@ -327,7 +330,7 @@ def judge_all(model: RewardModel, rollout: Rollout) -> np.ndarray:
 
 def diagnostics(rewards: np.ndarray, data: Judgements) -> dict[str, Any]:
     """What is measured of rewards [M', K'] of the held-out candidates."""
-    labels, there = np.asarray(data.held_out.labels), np.asarray(data.held_out.completion_mask).any(axis=2)
+    labels, there = np.asarray(data.held_out.labels), np.any(np.asarray(data.held_out.completion_mask), axis=2)
     match kind_of(data.held_out):
         case "pairs":
             return pair_diagnostics(rewards, labels, data.gaps, data.votes)
@@ -338,7 +341,7 @@ def diagnostics(rewards: np.ndarray, data: Judgements) -> dict[str, Any]:
 
 
 def check_direction(model: RewardModel, held_out: PreferenceBatch) -> None:
-    """Guard against a reward with the wrong sign: it must not prefer what judges rejected, as RL is given it."""
+    """Guard against a reward with the wrong sign: normalised and combined, it must not prefer what judges rejected."""
     decided = np.flatnonzero(held_out.labels[:, 0] != held_out.labels[:, 1])[:CHECKED]
     if not len(decided):
         return
@@ -379,7 +382,10 @@ def normalizing_prompts(config: Config, data: Judgements, model: TransformerConf
         {name: getattr(config, name) for name in ("normalize_prompts", "normalize_completions", "completion_length")}
     )
     room = model.context - config.completion_length
-    prompts, mask = np.asarray(data.train.prompts)[:, -room:], np.asarray(data.train.prompt_mask)
+    if config.normalize_prompts * config.normalize_completions < 2 or not 0 < config.temperature < math.inf:
+        raise InputError("A reward is normalised on at least 2 completions, sampled at a temperature above 0.")
+    different = np.random.default_rng(0).permutation(np.unique(data.train.prompts, axis=0, return_index=True)[1])
+    prompts, mask = (np.asarray(x)[different] for x in (data.train.prompts, data.train.prompt_mask))
     fits = np.flatnonzero(mask.sum(axis=1) <= room) if room > 0 else []
     if not len(fits):
         raise InputError(
@@ -387,7 +393,7 @@ def normalizing_prompts(config: Config, data: Judgements, model: TransformerConf
             f"{model.context}: give a shorter completion_length."
         )
     chosen = np.resize(fits, config.normalize_prompts)
-    return prompts[chosen], mask[:, -room:][chosen]
+    return prompts[chosen, -room:], mask[chosen, -room:]
 
 
 if __name__ == "__main__":

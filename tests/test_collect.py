@@ -42,20 +42,22 @@ def signal(collected):
 
 
 def test_one_round_is_the_batch_of_the_step():
-    collected, rounds = make(0.5, 1)(jnp.float32(0), (), 5)
+    collected, first, rounds = make(0.5, 1)(jnp.float32(0), (), 5)
     prompts, mask = prompt_batch(*PROMPTS, N, SEED, 5)
     expected = fake_sample(0.5)(jnp.float32(0), (), step_key(SEED, Purpose.SAMPLE, 5), prompts, mask)
     np.testing.assert_array_equal(collected.sampled.rollout.prompts, expected.sampled.rollout.prompts)
     np.testing.assert_array_equal(collected.sampled.rewards, expected.sampled.rewards)
+    np.testing.assert_array_equal(first.prompts, collected.sampled.rollout.prompts)
     assert rounds == {} and not signal(collected).all()
 
 
 def test_groups_without_signal_are_replaced_and_the_others_stay():
-    before, _ = make(0.5, 1)(jnp.float32(0), (), 5)
-    after, metrics = make(0.5, 10)(jnp.float32(0), (), 5)
-    again, _ = make(0.5, 10)(jnp.float32(0), (), 5)
+    before, _, _ = make(0.5, 1)(jnp.float32(0), (), 5)
+    after, first, metrics = make(0.5, 10)(jnp.float32(0), (), 5)
+    again, _, _ = make(0.5, 10)(jnp.float32(0), (), 5)
     assert signal(after).all() and 1 < int(metrics["rounds"]) < 10
     np.testing.assert_allclose(metrics["reward"], np.mean(before.sampled.rewards), rtol=1e-6)
+    np.testing.assert_array_equal(first.prompts, before.sampled.rollout.prompts)  # what that reward is of
     np.testing.assert_allclose(metrics["zero_signal_groups"], 1 - signal(before).mean(), rtol=1e-6)
     prompts = [np.asarray(c.sampled.rollout.prompts).reshape(N, G) for c in (before, after, again)]
     np.testing.assert_array_equal(prompts[1][signal(before)], prompts[0][signal(before)])
@@ -66,9 +68,9 @@ def test_groups_without_signal_are_replaced_and_the_others_stay():
 
 
 def test_rounds_end_where_there_is_no_signal_to_be_had():
-    collected, metrics = make(0.0, 3)(jnp.float32(0), (), 0)
+    collected, _, metrics = make(0.0, 3)(jnp.float32(0), (), 0)
     assert int(metrics["rounds"]) == 3 and not signal(collected).any()
-    assert int(make(1.1, 3)(jnp.float32(0), (), 0)[1]["rounds"]) == 1
+    assert int(make(1.1, 3)(jnp.float32(0), (), 0)[2]["rounds"]) == 1
 
 
 def test_no_two_rounds_have_the_same_prompts_or_numbers(monkeypatch):
@@ -96,7 +98,7 @@ def test_text_rewards_are_added_to_those_on_tokens(monkeypatch):
         judge, "decode_completions", lambda tokenizer, tokens, mask: [str(t) for t in np.asarray(tokens)[:, 0]]
     )
     reward = Reward("both", on_tokens=lambda params, rollout: rollout, on_text=lambda prompt, text: float(text))
-    collected, _ = make(0.0, 1, reward)(jnp.float32(0.5), (), 0)
+    collected, _, _ = make(0.0, 1, reward)(jnp.float32(0.5), (), 0)
     np.testing.assert_allclose(collected.sampled.rewards, np.asarray(collected.sampled.rollout.prompts)[:, 0] + 0.5)
 
 

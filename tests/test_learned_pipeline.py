@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from experiments import pipeline, reinforce
 from experiments.judgements import judge_pairs, read_pairs
-from experiments.preferences import Preferring
+from experiments.rounds import Preferring
 from experiments.train_reward import Learning
 from rl_jax.data.preferences import read_preferences
 from rl_jax.errors import InputError
@@ -76,12 +76,14 @@ def test_the_second_round_is_rewarded_by_its_own_model(run, config, monkeypatch,
 
 
 @pytest.mark.slow
-def test_a_run_stopped_in_its_second_round_goes_on_bit_for_bit(run, config, monkeypatch, tmp_path):
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_a_stopped_run_goes_on_bit_for_bit(run, config, monkeypatch, tmp_path, steps):
+    """Before its second round, in it, and with all of RL behind it."""
     stopped = change(config, "run", tmp_path / "stopped")
     whole = reinforce.train
 
     def cut_short(step_fn, state, **settings):
-        whole(step_fn, state, **settings | {"steps": 3, "checkpoint_every": 1})
+        whole(step_fn, state, **settings | {"steps": steps, "checkpoint_every": 1})
         raise Interrupted("stopped")
 
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
@@ -96,13 +98,20 @@ def test_a_run_stopped_in_its_second_round_goes_on_bit_for_bit(run, config, monk
         for folder in (run, stopped.run)
     ]
     assert timeless[0] == timeless[1]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (run, stopped.run)]
+    for summary in summaries:
+        del summary["seconds"], summary["seconds_by_stage"]
+    assert summaries[0] == summaries[1]
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("reward", RewardConfig(), "learn has no effect|preferences has no effect"),
-        ("preferences", Preferring(file="none.jsonl", rounds=2), "Later rounds need a judge"),
+        ("preferences", Preferring(file="none.jsonl", rounds=2), "rounds are of a gold reward"),
+        ("preferences", Preferring(file="none.jsonl"), "none.jsonl"),
+        ("preferences", Preferring(held_out="none.jsonl"), "no effect without preferences.file"),
+        ("reward", RewardConfig(("learned",), weights=(-1.0,)), "learns what judges rejected"),
         ("preferences", Preferring(rounds=9, pairs=80), "9 rounds do not divide 4 updates"),
         ("preferences", Preferring(pairs=8), "fills a batch of 16"),
         ("preferences", Preferring(noise=-1.0), "noise is -1"),
@@ -116,6 +125,22 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(config, tmp_path
     with pytest.raises(InputError, match=message):
         pipeline.main(bad)
     assert not bad.run.exists()
+
+
+def test_held_out_pairs_have_prompts_of_their_own(run):
+    train, held_out = set(), set()
+    for number in (1, 2):
+        pairs, _ = read_pairs(run / f"preferences_{number}.safetensors")
+        asked = [prompt[mask].tobytes() for prompt, mask in zip(pairs.prompts, pairs.prompt_mask, strict=True)]
+        train, held_out = train | set(asked[:72]), held_out | set(asked[72:])
+    assert len(train) > 15 and held_out and not train & held_out
+
+
+def test_a_gold_reward_that_is_always_the_same_cannot_judge():
+    tokens = np.zeros((4, 1), np.int32)
+    rollout = Rollout(tokens, tokens == 0, tokens, tokens == 0, np.zeros((4, 1)), np.ones(4, bool))
+    with pytest.raises(InputError, match="cannot judge any pair"):
+        judge_pairs(rollout, np.full((2, 2), 0.5), 0.25, 0)
 
 
 def test_gold_judges_with_the_noise_that_is_asked_for():

@@ -164,7 +164,8 @@ def command(config) -> list[str]:
 def start(config, *more: str) -> subprocess.Popen:
     root = Path(__file__).parents[1]
     pipe = subprocess.PIPE
-    return subprocess.Popen([*command(config), *more], cwd=root, stdout=pipe, stderr=pipe, text=True, env=os.environ)
+    env = os.environ | {"XLA_FLAGS": ""}  # the program that users run, not the tests' quickly compiled one
+    return subprocess.Popen([*command(config), *more], cwd=root, stdout=pipe, stderr=pipe, text=True, env=env)
 
 
 def wait_for_step(process, run: Path, stage: str, step: int) -> None:

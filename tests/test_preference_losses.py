@@ -70,6 +70,17 @@ def test_plackett_luce_of_two_is_bradley_terry_whatever_stands_in_empty_places()
     assert np.isfinite(grads).all() and (grads[:, 2] == 0).all() and (grads[:, :2] != 0).all()
 
 
+def test_candidates_that_tie_are_pulled_together():
+    """Breslow by hand: a and b tie above c, with rewards 1, 0 and 2."""
+    labels, mask = jnp.array([[2.0, 2.0, 1.0]]), jnp.ones((1, 3), bool)
+    loss = plackett_luce_loss(jnp.array([[1.0, 0.0, 2.0]]), labels, mask)
+    np.testing.assert_allclose(loss, [2 * math.log(math.e + 1 + math.e**2) - 1], rtol=1e-6)
+    slopes = jax.grad(lambda r: plackett_luce_loss(r, jnp.ones((1, 3)), mask).sum())
+    np.testing.assert_allclose(slopes(jnp.full((1, 3), 0.7)), 0.0, atol=1e-6)
+    apart = slopes(jnp.array([[1.0, 0.0, 0.5]]))[0]
+    assert apart[0] > 0 > apart[1]
+
+
 def test_ratings_and_centring():
     np.testing.assert_allclose(rating_loss(jnp.array([[1.0], [3.0]]), jnp.array([[2.0], [0.0]])), [0.5, 4.5])
     mask = jnp.array([[True, True, False]])

@@ -97,7 +97,9 @@ def test_normalised_rewards_have_mean_0_and_variance_1(batch):
         np.testing.assert_allclose(found.mean(axis=1), 0, atol=1e-5)
         np.testing.assert_allclose(found.std(axis=1), 1, rtol=1e-4)
     with pytest.raises(InputError, match="the same reward"):
-        normalize(params, np.ones((2, 8)))
+        normalize(params, np.full((2, 8), 0.3, np.float32))
+    with pytest.raises(InputError, match="not finite"):
+        normalize(params, np.full((2, 8), np.nan))
 
 
 def test_a_smaller_backbone_has_the_first_blocks_and_no_output():

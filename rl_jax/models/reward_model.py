@@ -21,6 +21,7 @@ from rl_jax.models.transformer import TransformerConfig, hidden_states
 from rl_jax.types import Array, PreferenceBatch, PyTree, Rollout
 
 HEAD = "score.weight"  # its name in the classifiers of transformers
+ROUNDING = 1e-5  # rewards that differ by less than this share of their size are the same
 
 
 class RewardModel(NamedTuple):
@@ -121,13 +122,18 @@ def members(params: PyTree) -> int:
 
 
 def normalize(params: PyTree, rewards: np.ndarray) -> PyTree:
-    """The ensemble that gives mean 0 and variance 1 where it now gives `rewards` [K, M] (Ziegler 2019, section 2.1).
+    """The ensemble whose members each give mean 0 and variance 1 where they now give `rewards` [K, M].
+
+    Ziegler 2019, section 2, on samples of the reference policy.
 
     Raises:
-        InputError: a member gives the same reward to all.
+        InputError: a member gives the same reward to all, or none that is finite.
     """
-    mean, std = (np.asarray(x, np.float64) for x in (rewards.mean(axis=1), rewards.std(axis=1)))
-    if not np.all(std > 0):
+    rewards = np.asarray(rewards, np.float64)
+    mean, std = rewards.mean(axis=1), rewards.std(axis=1)
+    if not np.isfinite(rewards).all():
+        raise InputError("The reward model's rewards are not finite: train it again with a lower learning rate.")
+    if not np.all(std > ROUNDING * np.abs(rewards).max()):
         raise InputError("The reward model gives every completion the same reward: train it longer, or on other data.")
     old = params["normalizer"]
     mean = np.asarray(old["mean"]) + mean * np.asarray(old["std"])
@@ -138,8 +144,8 @@ def normalize(params: PyTree, rewards: np.ndarray) -> PyTree:
 def save_reward_model(folder: Path, model: RewardModel) -> None:
     """Write an ensemble: a folder for each member, which `transformers` loads as a classifier of one label.
 
-    `AutoModelForSequenceClassification` gives the reward before it is normalised; mean and standard deviation are in
-    reward.json.
+    `AutoModelForSequenceClassification` gives the reward before it is normalised, of one sequence at a time: without a
+    padding token it reads the last token of each. Mean and standard deviation are in reward.json.
     """
     model.tokenizer.save_pretrained(folder)
     settings = to_settings(model.config, model.tokenizer.eos_token_id, model.tokenizer.bos_token_id)

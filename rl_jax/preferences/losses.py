@@ -7,7 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rl_jax.masked import masked_mean
+from rl_jax.masked import masked_mean, masked_sum
 from rl_jax.types import Array
 
 ABSENT = -1e30  # the reward of a candidate that is not there: infinity would make its gradient NaN
@@ -37,10 +37,10 @@ def bradley_terry_loss(rewards: Array, labels: Array, margins: Array, *, label_s
 
 
 def plackett_luce_loss(rewards: Array, labels: Array, mask: Array) -> Array:
-    """Minus the log-likelihood of a ranking: -sum_i [r_(i) - log sum_(j >= i) exp r_(j)], best first (Plackett 1975).
+    """Minus the log-likelihood of a ranking, -sum_i [r_i - log sum_j exp r_j] over j no higher than i (Plackett 1975).
 
-    With two candidates it is the Bradley-Terry loss. Candidates of equal labels are ranked in the order in which they
-    stand.
+    Without ties of two candidates it is the Bradley-Terry loss. Of candidates that tie, each is taken as chosen among
+    all of them and those below (Breslow 1974), which pulls their rewards together.
 
     Args:
         rewards: [B, K].
@@ -52,11 +52,9 @@ def plackett_luce_loss(rewards: Array, labels: Array, mask: Array) -> Array:
     """
     chex.assert_rank(rewards, 2)
     chex.assert_equal_shape([rewards, labels, mask])
-    order = jnp.argsort(jnp.where(mask, -labels, jnp.inf), axis=1, stable=True)
-    ranked, there = (jnp.take_along_axis(x, order, axis=1) for x in (rewards, mask))
-    ranked = jnp.where(there, ranked, ABSENT)
-    remaining = jax.lax.cumlogsumexp(ranked, axis=1, reverse=True)
-    return -jnp.sum(jnp.where(there, ranked, 0.0) - jnp.where(there, remaining, 0.0), axis=1)
+    no_higher = (labels[:, None, :] <= labels[:, :, None]) & mask[:, None, :]
+    remaining = jax.nn.logsumexp(jnp.where(no_higher, rewards[:, None, :], ABSENT), axis=2)
+    return masked_sum(remaining - rewards, mask, axis=1)
 
 
 def rating_loss(rewards: Array, labels: Array) -> Array:

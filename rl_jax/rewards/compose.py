@@ -51,8 +51,9 @@ class RewardConfig:
     """Rewards; RL adds them up. sentiment: VADER's compound score, in [-1, 1]. length: minus the distance from
     target_length, as a share of it. keyword: share of the keywords that occur. regex: 1 where the pattern matches,
     else 0. repetition: minus the share of repeated bigrams. tokens: share of the tokens that are keywords. learned: a
-    reward model's, mean 0 and variance 1 on the reference policy. module:function is your own, of one rollout (JAX,
-    gives [B]) or of a prompt and a completion (strings, gives a number); the module may be in the current directory."""
+    reward model's, each member of mean 0 and variance 1 on the reference policy. module:function is your own, of one
+    rollout (JAX, gives [B]) or of a prompt and a completion (strings, gives a number); the module may be in the current
+    directory."""
 
     weights: tuple[float, ...] = ()
     """The factor of each reward, in the order of names; all 1 when empty."""
@@ -85,12 +86,14 @@ class Reward(NamedTuple):
         on_tokens: the part inside the compiled step, params, Rollout -> [B].
         on_text: the part on the host, prompt, completion -> number.
         params: what the part inside the step is given: those of a reward model, or nothing.
+        context: the longest prompt and completion together that it can read, in tokens.
     """
 
     name: str
     on_tokens: Callable[[PyTree, Rollout], Array] | None
     on_text: TextReward | None
     params: PyTree = ()
+    context: float = math.inf
 
 
 def make_reward(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, model: RewardModel | None = None) -> Reward:
@@ -124,6 +127,7 @@ def make_reward(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, model:
         on_tokens=tokens_sum if on_tokens else None,
         on_text=text_sum if on_text else None,
         params=model.params if model and "learned" in config.names else (),
+        context=model.config.context if model and "learned" in config.names else math.inf,
     )
 
 
@@ -139,6 +143,11 @@ def _check(config: RewardConfig) -> None:
         raise InputError(
             f"there are {len(config.weights)} weights for {len(config.names)} rewards: give one a name, or none"
         )
+    for name, weight in zip(config.names, config.weights, strict=False):
+        if name == "learned" and not weight > 0:
+            raise InputError(
+                f"the weight of learned is {weight:g}: below 0 a policy learns what judges rejected; give one above 0"
+            )
     if not all(map(math.isfinite, config.weights)):
         raise InputError(f"the weights {config.weights} are not all finite numbers")
     for setting, (users, needed) in SETTINGS.items():

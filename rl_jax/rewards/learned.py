@@ -23,7 +23,7 @@ def mean_reward(rewards: Array) -> Array:
 
 
 def minimum_reward(rewards: Array) -> Array:
-    """The lowest of the members' rewards, worst-case optimisation (Coste 2023, eq. 5). [K, B] -> [B]."""
+    """The lowest of the members' rewards, worst-case optimisation (Coste 2023). [K, B] -> [B]."""
     chex.assert_rank(rewards, 2)
     return jnp.min(rewards, axis=0)
 
@@ -31,7 +31,7 @@ def minimum_reward(rewards: Array) -> Array:
 def mean_minus_spread_reward(rewards: Array, *, spread_weight: float) -> Array:
     """The members' mean less a multiple of their standard deviation. [K, B] -> [B].
 
-    Coste 2023, eq. 6, takes the variance.
+    Uncertainty-weighted optimisation (Coste 2023), which takes the variance.
     """
     chex.assert_rank(rewards, 2)
     return jnp.mean(rewards, axis=0) - spread_weight * jnp.std(rewards, axis=0)
