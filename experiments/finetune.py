@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from experiments.judgements import say_left_out, split_rows
-from experiments.pretrain import check_counts, check_optimizer, learning_rate
+from experiments.pretrain import check_batch, check_counts, check_optimizer, learning_rate
 from rl_jax.data.conversations import make_render
 from rl_jax.data.preferences import encode_preferences, padded_batches, preference_batch, read_demonstrations
 from rl_jax.errors import InputError
@@ -115,11 +115,7 @@ def check(settings: Finetuning, rows: Demonstrations, seed: int) -> None:
     check_seed(seed)
     check_optimizer(settings.learning_rate, settings.warmup, settings.weight_decay, settings.clip_norm)
     check_counts({name: getattr(settings, name) for name in COUNTS})
-    if settings.batch_size % (settings.microbatches * jax.device_count()):
-        raise InputError(
-            f"A batch_size of {settings.batch_size} does not divide into {settings.microbatches} microbatches over "
-            f"{jax.device_count()} devices."
-        )
+    check_batch(settings.batch_size, settings.microbatches)
     if len(rows.train.prompts) < settings.batch_size:
         raise InputError(
             f"There are {len(rows.train.prompts)} rows to learn from, too few for a batch of {settings.batch_size}: "

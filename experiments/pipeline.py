@@ -146,6 +146,7 @@ def make_rewards(
         gold = make_reward(RewardConfig(), tokenizer)
     given = prepare(config.preferences, config.learn, model, tokenizer, gold, config.reinforce.steps, config.seed)
     shape = dataclasses.replace(model, layers=config.learn.layers or model.layers, tied=True)
+    # Its params come later; that there will be so many members is known now.
     blank = RewardModel({"members": np.zeros(config.learn.members)}, shape, tokenizer)
     return make_reward(config.reward, tokenizer, blank)._replace(params=()), gold, given
 

@@ -131,11 +131,7 @@ def check(settings: Pretraining, text: Text, seed: int) -> None:
     check_seed(seed)
     check_optimizer(settings.learning_rate, settings.warmup, settings.weight_decay, settings.clip_norm)
     check_counts({name: getattr(settings, name) for name in COUNTS})
-    if settings.batch_size % (settings.microbatches * jax.device_count()):
-        raise InputError(
-            f"A batch_size of {settings.batch_size} does not divide into {settings.microbatches} microbatches over "
-            f"{jax.device_count()} devices."
-        )
+    check_batch(settings.batch_size, settings.microbatches)
     needed = settings.batch_size * settings.context + 1
     if len(text.train_tokens) < needed:
         raise InputError(
@@ -149,6 +145,15 @@ def check_counts(counts: dict[str, int]) -> None:
     for name, count in counts.items():
         if count < 1:
             raise InputError(f"{name} is {count}; it must be at least 1.")
+
+
+def check_batch(batch_size: int, microbatches: int) -> None:
+    """Raise InputError for a batch that does not divide evenly."""
+    if batch_size % (microbatches * jax.device_count()):
+        raise InputError(
+            f"A batch_size of {batch_size} does not divide into {microbatches} microbatches over "
+            f"{jax.device_count()} devices."
+        )
 
 
 def check_optimizer(learning_rate: float, warmup: int, weight_decay: float, clip_norm: float) -> None:

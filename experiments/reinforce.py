@@ -218,8 +218,8 @@ def reinforce(
         run: the run's folder.
         writer: of metrics.
         gold: a reward to measure beside it.
-        learn_reward: the policy's params, number of the round, from 2 -> the reward's params in it; in the first they are
-            `reward.params`.
+        learn_reward: the policy's params, number of the round, from 2 -> the reward's params in it; `reward.params` are
+            those of the first.
         rounds: equal parts of RL, each with a reward of its own.
     """
     config, tokenizer, mesh = policy.config, policy.tokenizer, make_mesh()

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.complete import SEQUENCES, complete, in_blocks
-from experiments.judge import make_judge
+from experiments.complete import complete
 from experiments.judgements import Judgements, Kind, kind_of, load_judgements, standardise
-from experiments.pretrain import check_counts, check_optimizer, learning_rate
+from experiments.measure_reward import check_direction, diagnostics, held_out_metrics, judge_all
+from experiments.pretrain import check_batch, check_counts, check_optimizer, learning_rate
 from rl_jax.data.preferences import padded_batches, preference_batch
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, check_seed, step_key
@@ -33,18 +33,15 @@ from rl_jax.models.huggingface import Policy, load_policy
 from rl_jax.models.reward_model import (
     RewardModel,
     candidate_rewards,
-    candidates_rollout,
-    ensemble_rewards,
     init_reward_params,
     make_backbone,
     normalize,
     save_reward_model,
 )
 from rl_jax.models.transformer import TransformerConfig
-from rl_jax.preferences.diagnostics import pair_accuracy, pair_diagnostics, ranking_diagnostics, rating_diagnostics
-from rl_jax.preferences.learning import JudgedLoss, concordance, ensemble_update
+from rl_jax.preferences.diagnostics import pair_accuracy
+from rl_jax.preferences.learning import JudgedLoss, ensemble_update
 from rl_jax.preferences.losses import bradley_terry_loss, centring_penalty, plackett_luce_loss, rating_loss
-from rl_jax.rewards.compose import RewardConfig, make_reward
 from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
 from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.loop import run_main, train
@@ -52,10 +49,8 @@ from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.sampling import Sampling
-from rl_jax.sign_check import check_preferred
 from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, Rollout, TrainState
 
-CHECKED = 256  # held-out pairs that must show which way the reward points
 EVALUATED = 512  # held-out rows behind a point of the curve; the summary has them all
 COUNTS = ("members", "steps", "batch_size", "microbatches", "evaluate_every", "checkpoint_every")
 
@@ -131,11 +126,7 @@ def check(settings: Learning, config: TransformerConfig, kind: Kind, rows: int, 
     check_seed(seed)
     check_optimizer(settings.learning_rate, settings.warmup, settings.weight_decay, settings.clip_norm)
     check_counts({name: getattr(settings, name) for name in COUNTS})
-    if settings.batch_size % (settings.microbatches * jax.device_count()):
-        raise InputError(
-            f"A batch_size of {settings.batch_size} does not divide into {settings.microbatches} microbatches over "
-            f"{jax.device_count()} devices."
-        )
+    check_batch(settings.batch_size, settings.microbatches)
     for share in (*settings.curve_shares, 1.0):
         if not 0 < share <= 1 or share * rows < settings.batch_size:
             raise InputError(
@@ -248,18 +239,6 @@ def tokens(batch: PreferenceBatch) -> Array:
     return jnp.sum(batch.completion_mask) + jnp.sum(there * jnp.sum(batch.prompt_mask, axis=-1, keepdims=True))
 
 
-def held_out_metrics(rewards: np.ndarray, losses: np.ndarray, data: PreferenceBatch) -> dict[str, Any]:
-    """Loss and accuracy of the members [K, M, K'], their means, and the standard deviation between them."""
-    metrics = {"held_out_loss": np.mean(losses)}
-    if data.labels.shape[1] > 1:
-        there = data.completion_mask.any(axis=2)
-        metrics["held_out_accuracy"] = np.mean([concordance(each, data.labels, there) for each in rewards])
-    if len(rewards) > 1:
-        centred = rewards - (rewards.mean(axis=2, keepdims=True) if data.labels.shape[1] > 1 else 0.0)
-        metrics["spread"] = np.mean(np.std(centred, axis=0))
-    return metrics
-
-
 def train_reward(
     settings: Learning,
     policy: Policy,
@@ -316,43 +295,6 @@ def train_reward(
             about = {"pairs": round(share * rows), "layers": smaller.config.layers}
             curve.append(about | {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high})
     return model, summary | {"learning_curve": curve}
-
-
-def judge_all(model: RewardModel, rollout: Rollout) -> np.ndarray:
-    """The rewards of every member, of completions that there are. [K, B]."""
-    judge = pmapped(partial(ensemble_rewards, config=model.config), make_mesh(), (None, 0), 1)
-
-    def block(index: np.ndarray, part: Rollout) -> Array:
-        return judge(model.params, part).T
-
-    return in_blocks(block, rollout, SEQUENCES, "normalise").T
-
-
-def diagnostics(rewards: np.ndarray, data: Judgements) -> dict[str, Any]:
-    """What is measured of rewards [M', K'] of the held-out candidates."""
-    labels, there = np.asarray(data.held_out.labels), np.any(np.asarray(data.held_out.completion_mask), axis=2)
-    match kind_of(data.held_out):
-        case "pairs":
-            return pair_diagnostics(rewards, labels, data.gaps, data.votes)
-        case "rankings":
-            return ranking_diagnostics(rewards, labels, there)
-        case "ratings":
-            return rating_diagnostics(rewards[:, 0], labels[:, 0])
-
-
-def check_direction(model: RewardModel, held_out: PreferenceBatch) -> None:
-    """Guard against a reward with the wrong sign: normalised and combined, it must not prefer what judges rejected."""
-    decided = np.flatnonzero(held_out.labels[:, 0] != held_out.labels[:, 1])[:CHECKED]
-    if not len(decided):
-        return
-    pairs = jax.tree.map(lambda x: x[decided], held_out)
-    judge = make_judge(make_reward(RewardConfig(("learned",)), model.tokenizer, model), model.tokenizer)
-    candidates = jax.device_get(candidates_rollout(pairs))
-    rewards = in_blocks(lambda index, part: judge(part), candidates, SEQUENCES, "check the sign").reshape(-1, 2)
-    first = pairs.labels[:, 0] > pairs.labels[:, 1]
-    preferred, rejected = np.where(first, rewards.T, rewards.T[::-1])
-    if warning := check_preferred(preferred, rejected):
-        print(f"warning: {warning}")
 
 
 def main(config: Config) -> None:

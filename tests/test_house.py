@@ -11,7 +11,14 @@ ROOT = Path(__file__).parents[1]
 # From the top of the house to the bottom: a module may import from its own floor and from those below it.
 FLOORS = (
     ("experiments",),
-    ("rl_jax.preferences", "rl_jax.pretraining", "rl_jax.evaluation", "rl_jax.best_of_n", "rl_jax.sweep", "rl_jax.sign_check"),
+    (
+        "rl_jax.preferences",
+        "rl_jax.pretraining",
+        "rl_jax.evaluation",
+        "rl_jax.best_of_n",
+        "rl_jax.sweep",
+        "rl_jax.sign_check",
+    ),
     ("rl_jax.learner",),
     ("rl_jax.scoring",),
     ("rl_jax.reinforce",),

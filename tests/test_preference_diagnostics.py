@@ -18,14 +18,14 @@ LABELS = np.stack([SHARES, 1 - SHARES], axis=1)
 
 
 @pytest.mark.parametrize("right, count", [(0, 5), (5, 5), (3, 10), (81, 100)])
-def test_share_interval_is_wilsons(right, count):
-    estimate = diagnostics.share_interval(np.repeat([1.0, 0.0], [right, count - right]))
+def test_wilson_interval_is_wilsons(right, count):
+    estimate = diagnostics.wilson_interval(np.repeat([1.0, 0.0], [right, count - right]))
     expected = binomtest(right, count).proportion_ci(method="wilson")
     np.testing.assert_allclose(estimate, (right / count, expected.low, expected.high), atol=1e-7)
 
 
-def test_share_interval_of_none_says_nothing():
-    assert str(tuple(diagnostics.share_interval(np.zeros(0)))) == "(nan, 0.0, 1.0)"
+def test_wilson_interval_of_none_says_nothing():
+    assert str(tuple(diagnostics.wilson_interval(np.zeros(0)))) == "(nan, 0.0, 1.0)"
 
 
 def test_pair_accuracy_by_hand():

@@ -17,7 +17,7 @@ from rl_jax.evaluation import Estimate, mean_interval
 NORMAL = 1.959964  # standard deviations on either side of the mean that hold 95 % of a normal distribution
 
 
-def share_interval(values: np.ndarray) -> Estimate:
+def wilson_interval(values: np.ndarray) -> Estimate:
     """Mean of values in [0, 1], [n], with Wilson's 95 % interval (1927); NaN, 0 and 1 of none.
 
     Values within (a tie, the share of judges) vary less than the zeros and ones that it is made for, and make it wide.
@@ -52,7 +52,7 @@ def pair_accuracy(rewards: np.ndarray, labels: np.ndarray) -> Estimate:
         rewards: [M, 2].
         labels: share of the judges who prefer each. [M, 2].
     """
-    return share_interval(_known(agreement(*_differences(rewards, labels))))
+    return wilson_interval(_known(agreement(*_differences(rewards, labels))))
 
 
 def log_loss(rewards: np.ndarray, labels: np.ndarray) -> float:
@@ -239,5 +239,5 @@ def _known(values: np.ndarray) -> np.ndarray:
 
 
 def _row(values: np.ndarray, name: str) -> dict[str, float]:
-    estimate = share_interval(values)
+    estimate = wilson_interval(values)
     return {name: estimate.value, "low": estimate.low, "high": estimate.high, "pairs": len(values)}
