@@ -194,7 +194,8 @@ def write_pairs(path: Path, pairs: PreferenceBatch, gaps: np.ndarray, tokenizer:
         rows.append(Judged(asked[number], ordered, shares, gap=gap))
     write_preferences(path.with_suffix(".jsonl"), rows)
     half = path.with_name(path.name + ".tmp")
-    save_file({**vars(pairs), "gaps": gaps}, half)
+    arrays = {name: np.ascontiguousarray(value) for name, value in vars(pairs).items()}  # safetensors takes no views
+    save_file(arrays | {"gaps": gaps}, half)
     os.replace(half, path)
 
 

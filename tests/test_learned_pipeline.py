@@ -2,15 +2,17 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from experiments import pipeline, reinforce
-from experiments.judgements import judge_pairs, read_pairs
+from experiments.judgements import judge_pairs, read_pairs, write_pairs
 from experiments.rounds import Preferring
 from experiments.train_reward import Learning
 from rl_jax.data.preferences import read_preferences
+from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
 from rl_jax.models.reward_model import load_reward_model
 from rl_jax.rewards.compose import RewardConfig
@@ -134,6 +136,17 @@ def test_held_out_pairs_have_prompts_of_their_own(run):
         asked = [prompt[mask].tobytes() for prompt, mask in zip(pairs.prompts, pairs.prompt_mask, strict=True)]
         train, held_out = train | set(asked[:72]), held_out | set(asked[72:])
     assert len(train) > 15 and held_out and not train & held_out
+
+
+def test_pairs_are_read_as_they_were_written(tmp_path):
+    rng = np.random.default_rng(0)
+    tokens, ones = rng.integers(1, 250, (6, 3)).astype(np.int32), np.ones((6, 3), bool)
+    rollout = Rollout(np.repeat(tokens[::2], 2, axis=0), ones, tokens, ones, np.zeros((6, 3)), np.ones(6, bool))
+    pairs, gaps = judge_pairs(rollout, rng.normal(size=(3, 2)), 0.25, 0)
+    np.testing.assert_array_equal(pairs.prompts, tokens[::2])
+    write_pairs(tmp_path / "pairs.safetensors", pairs, gaps, train_tokenizer(["abab abab"], 260))
+    again, gaps_again = read_pairs(tmp_path / "pairs.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, (again, gaps_again), (pairs, gaps))
 
 
 def test_a_gold_reward_that_is_always_the_same_cannot_judge():
