@@ -107,7 +107,8 @@ def main(config: Config) -> None:
         tuned = reinforce(rl, policy, reward, prompts, seed, run, writer, gold, params_of_round, rounds)
     save_policy(run / "policy", tuned)
     if learn is not None:
-        last = learn(tuned.params, rounds)
+        with report_if_stopped(run):
+            last = learn(tuned.params, rounds)  # at hand, but for a run that goes on after all of RL
         reward, summary = reward._replace(params=last.model.params), summary | {"reward_model": last.summary}
     writer.close()
     with timed(seconds, "compare"):

@@ -28,7 +28,7 @@ from experiments.pretrain import check_batch, check_counts, check_optimizer, lea
 from rl_jax.data.preferences import padded_batches, preference_batch
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, check_seed, step_key
-from rl_jax.learner import init_state, make_optimizer
+from rl_jax.learner import make_optimizer
 from rl_jax.models.huggingface import Policy, load_policy
 from rl_jax.models.reward_model import (
     RewardModel,
@@ -40,7 +40,7 @@ from rl_jax.models.reward_model import (
 )
 from rl_jax.models.transformer import TransformerConfig
 from rl_jax.preferences.diagnostics import pair_accuracy
-from rl_jax.preferences.learning import JudgedLoss, ensemble_update
+from rl_jax.preferences.learning import JudgedLoss, ensemble_update, init_ensemble_state
 from rl_jax.preferences.losses import bradley_terry_loss, centring_penalty, plackett_luce_loss, rating_loss
 from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
 from rl_jax.run.folder import check_run, open_run
@@ -214,8 +214,7 @@ def fit(
 
     keys = jax.vmap(partial(step_key, seed, Purpose.HEAD))(jnp.arange(len(parts)))
     params = jax.vmap(lambda key: init_reward_params(key, backbone, config))(keys)
-    state = init_state(params, optimizer, kl_coefficient=0.0)
-    state = put(dataclasses.replace(state, opt_state=jax.vmap(optimizer.init)(params)), mesh)
+    state = put(init_ensemble_state(params, optimizer), mesh)
     identity = dataclasses.asdict(settings) | {"model": dataclasses.asdict(config), "seed": seed}
     checkpoints = open_checkpoints(run / "checkpoints" / stage, identity | {"rows": [len(x.labels) for x in parts]})
     state = restore_checkpoint(checkpoints, state) or state

@@ -10,7 +10,7 @@ import optax
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
 from rl_jax.models.reward_model import candidate_rewards, candidates_rollout, ensemble_rewards, init_reward_params
 from rl_jax.models.transformer import init_params, llama
-from rl_jax.preferences.learning import concordance, ensemble_update, reward_gradient
+from rl_jax.preferences.learning import concordance, ensemble_update, init_ensemble_state, reward_gradient
 from rl_jax.preferences.losses import bradley_terry_loss, plackett_luce_loss
 from rl_jax.rewards.learned import mean_minus_spread_reward, mean_reward, minimum_reward
 from rl_jax.run.spmd import make_mesh, pmapped, put
@@ -78,8 +78,7 @@ def test_members_learn_as_they_would_alone_on_any_number_of_devices():
     batches = [random_batch(8, seed) for seed in range(2)]
     together = jax.tree.map(lambda *x: jnp.stack(x), *batches)
     params = jax.tree.map(lambda *x: jnp.stack(x), member(0), member(1))
-    state = init_state(params, optimizer, 0.0)
-    state = dataclasses.replace(state, opt_state=jax.vmap(optimizer.init)(params))
+    state = init_ensemble_state(params, optimizer)
 
     @jax.jit
     def alone(params, batch):
@@ -131,8 +130,7 @@ def test_a_known_reward_is_recovered_from_noisy_preferences():
     labels = jnp.stack([both, ~both], axis=2).astype(jnp.float32)
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 400))
     params = jax.tree.map(lambda *x: jnp.stack(x), *[member(0, config)] * 2)
-    state = init_state(params, optimizer, 0.0)
-    state = dataclasses.replace(state, opt_state=jax.vmap(optimizer.init)(params))
+    state = init_ensemble_state(params, optimizer)
 
     @jax.jit
     def fit(state):

@@ -3,7 +3,6 @@
 Letters: N prompts, G completions of each, B sequences, C completion length, S seeds, M judged rows of each, R proxies.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
 from rl_jax.models.reward_model import ensemble_rewards, init_reward_params, make_backbone
 from rl_jax.models.transformer import TransformerConfig, init_params, llama
-from rl_jax.preferences.learning import JudgedLoss, ensemble_update
+from rl_jax.preferences.learning import JudgedLoss, ensemble_update, init_ensemble_state
 from rl_jax.pretraining import pretrain_gradient
 from rl_jax.rewards.tokens import repetition_penalty
 from rl_jax.run.spmd import make_mesh, pmapped
@@ -216,9 +215,7 @@ def train_rewards(
 
         params = init_reward_params(step_key(seed, Purpose.HEAD, row["member"]), backbone, config)
         params = jax.tree.map(lambda x: x[None], params)
-        state = init_state(params, optimizer, kl_coefficient=0.0)
-        state = dataclasses.replace(state, opt_state=jax.vmap(optimizer.init)(params))
-        return scan_updates(update, state, learning.updates)[0].params
+        return scan_updates(update, init_ensemble_state(params, optimizer), learning.updates)[0].params
 
     return jax.device_get(make_sweep(run, make_mesh())(rows, backbone, data))
 

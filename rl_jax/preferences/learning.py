@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rl_jax.learner import apply_gradients
+from rl_jax.learner import apply_gradients, init_state
 from rl_jax.masked import masked_mean
 from rl_jax.microbatch import sum_over_microbatches
 from rl_jax.models.reward_model import candidate_rewards
@@ -69,6 +69,12 @@ def concordance(rewards: Array, labels: Array, mask: Array) -> Array:
     led = jnp.sign(rewards[:, :, None] - rewards[:, None, :])
     judged = jnp.sign(labels[:, :, None] - labels[:, None, :])
     return masked_mean((led * judged + 1) / 2, mask[:, :, None] & mask[:, None, :] & (judged > 0))
+
+
+def init_ensemble_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update of an ensemble, each member with an optimizer state of its own. [M, ...]."""
+    state = init_state(params, optimizer, kl_coefficient=0.0)
+    return dataclasses.replace(state, opt_state=jax.vmap(optimizer.init)(params))
 
 
 def ensemble_update(

@@ -39,8 +39,8 @@ def bradley_terry_loss(rewards: Array, labels: Array, margins: Array, *, label_s
 def plackett_luce_loss(rewards: Array, labels: Array, mask: Array) -> Array:
     """Minus the log-likelihood of a ranking, -sum_i [r_i - log sum_j exp r_j] over j no higher than i (Plackett 1975).
 
-    Without ties of two candidates it is the Bradley-Terry loss. Of candidates that tie, each is taken as chosen among
-    all of them and those below (Breslow 1974), which pulls their rewards together.
+    Of two candidates that do not tie it is the Bradley-Terry loss. Those that tie are each taken as chosen among all of
+    them and those below (Breslow 1974), which pulls their rewards together.
 
     Args:
         rewards: [B, K].
