@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments import pipeline, reinforce
+from experiments.finetune import Finetuning
 from experiments.judgements import judge_pairs, read_pairs, write_pairs
 from experiments.rounds import Preferring
 from experiments.train_reward import Learning
@@ -25,10 +26,15 @@ __all__ = ["corpus"]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("learned")
+    lines = [{"prompt": f"In day {number}", "completion": f" {number} good"} for number in range(40)]
+    (folder / "written.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return pipeline.Config(
-        run=tmp_path_factory.mktemp("learned") / "run",
+        run=folder / "run",
         corpus=corpus,
         pretrain=PRETRAINING,
+        demonstrations=folder / "written.jsonl",
+        finetune=Finetuning(steps=4, batch_size=16, evaluate_every=2),
         reward=RewardConfig(("learned",), combine="minimum"),
         gold=RewardConfig(("keyword",), keywords=("the", "and")),
         preferences=Preferring(pairs=80, rounds=2),
@@ -50,7 +56,9 @@ def test_what_is_written(run):
     assert {"gold_before", "gold_after", "gold_win_rate", "reward_before"} <= set(summary)
     assert summary["gold"] == "keyword" and summary["reward"] == "learned"
     found = rows(run)
-    assert {stage for stage, _ in found} == {"pretrain", "reward", "reward_2", "rl"}
+    assert {stage for stage, _ in found} == {"pretrain", "finetune", "reward", "reward_2", "rl"}
+    assert summary["finetune"]["held_out_loss"] < summary["finetune"]["held_out_loss_before"]
+    assert abs(found["rl", 0]["kl"]) < 1e-5, "RL begins with the fine-tuned policy, and is measured from it"
     assert all({"gold", "gold_gain", "reward_gain"} <= set(found["rl", step]) for step in range(4))
     assert {"held_out_loss", "held_out_accuracy", "spread"} <= set(found["reward", 1])
 
@@ -119,7 +127,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(run, config, monkeypatch, tmp_path, s
         ("preferences", Preferring(noise=-1.0), "noise is -1"),
         ("learn.layers", 5, "1 blocks to choose from"),
         ("learn.members", 1, "combine has no effect"),
-        ("finetune.steps", 3, "finetune has no effect without demonstrations"),
+        ("demonstrations", None, "finetune has no effect without demonstrations"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_trained(config, tmp_path, name, value, message):
