@@ -44,6 +44,18 @@ def sequence_uniforms(key: Array, index: Array, sampling: Sampling) -> Array:
     return jax.vmap(lambda sequence_key: jax.random.uniform(sequence_key, (sampling.length,)))(keys)
 
 
+def sample_tokens(scores: Array, uniforms: Array, sampling: Sampling) -> tuple[Array, Array]:
+    """Tokens int32 [B] and their log-probabilities [B], from logits [B, V] and uniform numbers [B]."""
+    if is_greedy(sampling):
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32), jnp.zeros(len(scores))
+    return draw(warp_logits(scores, sampling), uniforms)
+
+
+def compute_params(params: PyTree, config: TransformerConfig) -> PyTree:
+    """Matrices in the compute dtype, once, so that no step of a loop casts them again."""
+    return jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)
+
+
 def generate(
     params: PyTree,
     key: Array,
@@ -53,7 +65,7 @@ def generate(
     sampling: Sampling,
     index: Array | None = None,
 ) -> Rollout:
-    """Sample a group of completions for each prompt.
+    """Sample a group of completions for each prompt: the plain form, which `slots.generate_in_slots` is held against.
 
     The loop ends when every completion has, or at C tokens. What a sequence samples depends on its own prompt,
     `key` and its index alone: neither on the batch around it nor on the number of devices.
@@ -81,17 +93,11 @@ def generate(
     uniforms = sequence_uniforms(key, index, sampling)
     rows, prompt_length = uniforms.shape[0], prompts.shape[1]
     stops = jnp.array(() if sampling.ignore_eos else sampling.eos, jnp.int32)
-    params = _cast(params, config)
-
-    def sample(states: Array, step: Array) -> tuple[Array, Array]:
-        scores = logits(params, states, config)
-        if is_greedy(sampling):
-            return jnp.argmax(scores, axis=-1).astype(jnp.int32), jnp.zeros(rows)
-        uniform = jax.lax.dynamic_index_in_dim(uniforms, step, axis=1, keepdims=False)
-        return draw(warp_logits(scores, sampling), uniform)
+    params = compute_params(params, config)
 
     def record(carry: _Decoding, states: Array) -> _Decoding:
-        tokens, logprobs = sample(states, carry.index)
+        uniform = jax.lax.dynamic_index_in_dim(uniforms, carry.index, axis=1, keepdims=False)
+        tokens, logprobs = sample_tokens(logits(params, states, config), uniform, sampling)
         live = ~carry.ended
         tokens, logprobs = jnp.where(live, tokens, 0), jnp.where(live, logprobs, 0.0)
         write = jax.lax.dynamic_update_index_in_dim
@@ -153,8 +159,3 @@ def refill_groups(batch: PyTree, fresh: PyTree, wanting: Array, usable: Array) -
         return jnp.where(chosen, new[source], old).reshape(-1, *old.shape[2:])
 
     return jax.tree.map(merge, batch, fresh)
-
-
-def _cast(params: PyTree, config: TransformerConfig) -> PyTree:
-    """Matrices in the compute dtype, once, so that no step of the loop casts them again."""
-    return jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)

@@ -6,12 +6,14 @@ J key-value heads, K head size, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from rl_jax.errors import InputError
 from rl_jax.types import Array, PyTree
@@ -157,15 +159,30 @@ def attend(query: Array, keys: Array, values: Array, mask: Array) -> Array:
     return jnp.einsum("bjgst,bjtk->bsjgk", weights, values).reshape(b, s, h, k)
 
 
-Slot = tuple[Array, Array, Array]
-"""A layer's cached keys and values [B, J, T, K], and the column that new ones are written to, int32 []."""
+Look = Callable[[Array, Array, Array], tuple[Array, Any]]
+"""How new tokens look at tokens: query [B, S, H, K], key and value [B, J, S, K] -> what they see [B, S, H, K], and what
+is kept for the tokens that follow. A `Partial`, so that it is a pytree of what it holds."""
+
+
+def _look_around(mask: Array, query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
+    """At each other, where the mask [B, S, S] is true; keys and values are kept."""
+    return attend(query, key, value, mask), (key, value)
+
+
+def _look_back(
+    keys: Array, values: Array, mask: Array, index: Array, query: Array, key: Array, value: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    """At a cache [B, J, T, K], where the mask [B, 1, T] is true, once they are written to its column `index`."""
+    keys = jax.lax.dynamic_update_slice_in_dim(keys, key, index, axis=2)
+    values = jax.lax.dynamic_update_slice_in_dim(values, value, index, axis=2)
+    return attend(query, keys, values, mask), (keys, values)
 
 
 class Attention(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array, mask: Array, slot: Slot | None) -> tuple[Array, tuple[Array, Array]]:
+    def __call__(self, x: Array, positions: Array, look: Look) -> tuple[Array, Any]:
         c = self.config
         b, s, _ = x.shape
         heads = {"query": c.heads, "key": c.kv_heads, "value": c.kv_heads}
@@ -177,14 +194,9 @@ class Attention(nn.Module):
             key = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=c.dtype, name="key_norm")(key)
         if c.positions == "rotary":
             query, key = rotate(query, positions, c.rope_theta), rotate(key, positions, c.rope_theta)
-        keys, values = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-        if slot is not None:
-            old_keys, old_values, index = slot
-            keys = jax.lax.dynamic_update_slice_in_dim(old_keys, keys, index, axis=2)
-            values = jax.lax.dynamic_update_slice_in_dim(old_values, values, index, axis=2)
-        mixed = attend(query, keys, values, mask).reshape(b, s, c.heads * c.head_size)
+        seen, kept = look(query, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
         out = _dense(c, c.width, "out", c.bias, INIT_STD / (2 * c.layers) ** 0.5)
-        return out(mixed), (keys, values)
+        return out(seen.reshape(b, s, c.heads * c.head_size)), kept
 
 
 class Mlp(nn.Module):
@@ -205,10 +217,10 @@ class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array, mask: Array, slot: Slot | None) -> tuple[Array, tuple[Array, Array]]:
+    def __call__(self, x: Array, positions: Array, look: Look) -> tuple[Array, Any]:
         c = self.config
         normed = _norm(c, "attention_norm")(x).astype(c.dtype)
-        mixed, kept = Attention(c, name="attention")(normed, positions, mask, slot)
+        mixed, kept = Attention(c, name="attention")(normed, positions, look)
         x = x + mixed
         return x + Mlp(c, name="mlp")(_norm(c, "mlp_norm")(x).astype(c.dtype)), kept
 
@@ -230,18 +242,16 @@ class Transformer(nn.Module):
         if not c.tied:
             self.output = _dense(c, c.vocab_size, "output", bias=False)
 
-    def __call__(
-        self, tokens: Array, positions: Array, mask: Array, slots: tuple[Slot | None, ...] | None = None
-    ) -> tuple[Array, tuple[tuple[Array, Array], ...]]:
-        """States [B, S, D] after the final norm, and the keys and values of each layer."""
+    def __call__(self, tokens: Array, positions: Array, looks: Sequence[Look]) -> tuple[Array, tuple[Any, ...]]:
+        """States [B, S, D] after the final norm, and what the look of each layer kept."""
         c = self.config
         x = self.embedding(tokens).astype(c.dtype)
         if c.positions == "learned":
             x = x + self.position_embedding(positions).astype(c.dtype)
         kept = []
-        for block, slot in zip(self.blocks, slots or (None,) * c.layers, strict=True):
-            x, pair = block(x, positions, mask, slot)
-            kept.append(pair)
+        for block, look in zip(self.blocks, looks, strict=True):
+            x, remembered = block(x, positions, look)
+            kept.append(remembered)
         if self.is_initializing() and not c.tied:
             self.output(x)
         return self.final_norm(x).astype(c.dtype), tuple(kept)
@@ -256,8 +266,8 @@ class Transformer(nn.Module):
 
 def init_params(key: Array, config: TransformerConfig) -> PyTree:
     """Random parameters, float32: normal with standard deviation 0.02, residual projections scaled down by depth."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(config).init(key, tokens, tokens, jnp.ones((1, 1, 1), bool))["params"]
+    tokens, looks = jnp.zeros((1, 1), jnp.int32), [Partial(_look_around, jnp.ones((1, 1, 1), bool))] * config.layers
+    return Transformer(config).init(key, tokens, tokens, looks)["params"]
 
 
 def token_positions(mask: Array) -> Array:
@@ -279,12 +289,36 @@ def hidden_states(params: PyTree, tokens: Array, mask: Array, config: Transforme
     """
     chex.assert_rank([tokens, mask], 2)
     chex.assert_equal_shape([tokens, mask])
-    return _apply(params, config, tokens, token_positions(mask), _causal(mask))[0]
+    return _read(params, config, tokens, mask)[0]
+
+
+def seen_states(params: PyTree, tokens: Array, positions: Array, seen: Array, config: TransformerConfig) -> Array:
+    """Final states of tokens that see what they are told to.
+
+    Args:
+        params: the model's parameters.
+        tokens: int32 [B, T].
+        positions: of each token in its sequence. int32 [B, T].
+        seen: which columns each token sees, itself among them. bool [B, T, T].
+        config: the model's configuration.
+
+    Returns:
+        [B, T, D] in the compute dtype.
+    """
+    return _apply(params, config, tokens, positions, [Partial(_look_around, seen)] * config.layers)[0]
+
+
+def step_states(
+    params: PyTree, tokens: Array, positions: Array, looks: Sequence[Look], config: TransformerConfig
+) -> tuple[Array, tuple[Any, ...]]:
+    """Final states [B, D] of one token of each sequence, and what the look of each layer kept. int32 [B], [B]."""
+    states, kept = _apply(params, config, tokens[:, None], positions[:, None], looks)
+    return states[:, 0], kept
 
 
 def logits(params: PyTree, states: Array, config: TransformerConfig) -> Array:
     """Logits of the next token. [..., D] -> float32 [..., V]."""
-    return _apply(params, config, states, method="unembed")
+    return Transformer(config).apply({"params": params}, states, method="unembed")
 
 
 def add_value_head(params: PyTree, config: TransformerConfig) -> PyTree:
@@ -315,7 +349,7 @@ def prefill(params: PyTree, tokens: Array, mask: Array, config: TransformerConfi
         The state [B, D] that predicts the first completion token, and the cache.
     """
     room = columns - tokens.shape[1]
-    states, kept = _apply(params, config, tokens, token_positions(mask), _causal(mask))
+    states, kept = _read(params, config, tokens, mask)
     grown = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))), kept)
     keys, values = zip(*grown, strict=True)
     return states[:, -1], Cache(keys, values, jnp.pad(mask, ((0, 0), (0, room)), constant_values=True))
@@ -337,18 +371,22 @@ def decode_step(
         The state [B, D] that predicts the token after, and the cache with column `index` written.
     """
     seen = cache.mask & (jnp.arange(cache.mask.shape[1]) <= index)[None, :]
-    positions = jnp.sum(seen, axis=1, dtype=jnp.int32)[:, None] - 1
-    slots = tuple((keys, values, index) for keys, values in zip(cache.keys, cache.values, strict=True))
-    states, kept = _apply(params, config, tokens[:, None], positions, seen[:, None, :], slots)
+    positions = jnp.sum(seen, axis=1, dtype=jnp.int32) - 1
+    pairs = zip(cache.keys, cache.values, strict=True)
+    looks = [Partial(_look_back, keys, values, seen[:, None, :], index) for keys, values in pairs]
+    states, kept = step_states(params, tokens, positions, looks, config)
     keys, values = zip(*kept, strict=True)
-    return states[:, 0], Cache(keys, values, cache.mask)
+    return states, Cache(keys, values, cache.mask)
 
 
-def _apply(params: PyTree, config: TransformerConfig, *args: Any, method: str = "__call__") -> Any:
-    return Transformer(config).apply({"params": params}, *args, method=method)
+def _apply(
+    params: PyTree, config: TransformerConfig, tokens: Array, positions: Array, looks: Sequence[Look]
+) -> tuple[Array, tuple[Any, ...]]:
+    return Transformer(config).apply({"params": params}, tokens, positions, looks)
 
 
-def _causal(mask: Array) -> Array:
-    """Which columns each position sees: the real ones up to itself. [B, T] -> [B, T, T]."""
+def _read(params: PyTree, config: TransformerConfig, tokens: Array, mask: Array) -> tuple[Array, tuple[Any, ...]]:
+    """Every token sees the real ones up to itself."""
     columns = jnp.arange(mask.shape[1])
-    return (columns[None, :] <= columns[:, None])[None, :, :] & mask[:, None, :]
+    seen = (columns[None, :] <= columns[:, None])[None, :, :] & mask[:, None, :]
+    return _apply(params, config, tokens, token_positions(mask), [Partial(_look_around, seen)] * config.layers)

@@ -1,0 +1,200 @@
+"""Prompts to completions in slots that refill: continuous batching inside one compiled program.
+
+Completions differ in length, and a batch waits for its longest. Here a fixed number of slots works through a queue of
+sequences: a slot whose completion has ended takes the next sequence, and when the queue is empty and few slots are at
+work, these go on alone, in a smaller batch. The host is never asked.
+
+Letters: N prompts, G completions of each, B = N * G sequences, S slots, P prompt length, C completion length.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rl_jax.models.ring import Ring, empty_ring, ring_step, take_prompts, take_slots
+from rl_jax.models.transformer import TransformerConfig, logits, prefill
+from rl_jax.rollout import check_lengths, compute_params, sample_tokens, sequence_uniforms
+from rl_jax.sampling import Sampling
+from rl_jax.types import Array, PyTree, Rollout
+
+SHRINK = 4  # the batch becomes so many times smaller when no more slots than that are at work
+FEWEST = 4  # slots that it is worth compiling a smaller batch for
+
+
+class _Slots(NamedTuple):
+    """The loop's carry: what the slots are at, the log of what each has sampled, and where in it a sequence stands.
+
+    Attributes:
+        step: steps so far. [].
+        taken: sequences that have left the queue. [].
+        ring: the slots' cache.
+        sequences: the one that each slot is at. int32 [S].
+        ages: tokens of it that have been sampled; 0 where the slot is idle. int32 [S].
+        tokens: the last of these. int32 [S].
+        log: what each slot sampled at each step, tokens and log-probabilities. [steps, S at first].
+        began: the step at which each sequence began. int32 [B].
+        column: of the log, that holds each sequence. int32 [B].
+    """
+
+    step: Array
+    taken: Array
+    ring: Ring
+    sequences: Array
+    ages: Array
+    tokens: Array
+    log: tuple[Array, Array]
+    began: Array
+    column: Array
+
+
+def generate_in_slots(
+    params: PyTree,
+    key: Array,
+    prompts: Array,
+    prompt_mask: Array,
+    config: TransformerConfig,
+    sampling: Sampling,
+    index: Array | None = None,
+    slots: int = 0,
+) -> Rollout:
+    """Sample a group of completions for each prompt: token for token those of `rollout.generate`.
+
+    Args:
+        params: the policy's parameters.
+        key: the key of this step.
+        prompts: token ids, left-padded. int32 [N, P].
+        prompt_mask: true on real tokens; every prompt has one. bool [N, P].
+        config: the policy's configuration.
+        sampling: group size, length and distribution.
+        index: global index of each prompt, where `prompts` is part of a larger batch. int32 [N]; default 0 to N - 1.
+        slots: S, sequences at work at once; 0 for all of them. Fewer take less memory.
+
+    Returns:
+        As `rollout.generate`.
+
+    Raises:
+        InputError: prompt and completion do not fit the context.
+    """
+    chex.assert_rank([prompts, prompt_mask], 2)
+    chex.assert_equal_shape([prompts, prompt_mask])
+    check_lengths(prompts.shape[1], sampling, config)
+    index = jnp.arange(prompts.shape[0]) if index is None else index
+    uniforms = sequence_uniforms(key, index, sampling)
+    rows, group, length = uniforms.shape[0], sampling.group_size, sampling.length
+    slots = min(slots or rows, rows)
+    stops = jnp.array(() if sampling.ignore_eos else sampling.eos, jnp.int32)
+    params = compute_params(params, config)
+
+    states, cache = prefill(params, prompts, prompt_mask, config, prompts.shape[1])
+    pairs = tuple(zip(cache.keys, cache.values, strict=True))
+    scores = jnp.repeat(logits(params, states, config), group, axis=0)
+    first_tokens, first_logprobs = sample_tokens(scores, uniforms[:, 0], sampling)
+
+    def over(tokens: Array, ages: Array) -> Array:
+        return jnp.any(tokens[:, None] == stops[None, :], axis=1) | (ages >= length)
+
+    def queued(carry: _Slots) -> Array:
+        return carry.taken < rows
+
+    def refill(carry: _Slots) -> _Slots:
+        idle = carry.ages == 0
+        candidates = carry.taken + jnp.cumsum(idle, dtype=jnp.int32) - 1
+        fresh = idle & (candidates < rows)
+        sequences = jnp.where(fresh, candidates, carry.sequences)
+        tokens = jnp.where(fresh, first_tokens[sequences], carry.tokens)
+        taken_by = fresh[None, :] & (sequences[None, :] == jnp.arange(rows)[:, None])
+        taken = jnp.any(taken_by, axis=1)
+        return carry._replace(
+            taken=carry.taken + jnp.sum(fresh, dtype=jnp.int32),
+            ring=take_prompts(carry.ring, pairs, prompt_mask, sequences // group, fresh),
+            sequences=sequences,
+            ages=jnp.where(fresh, jnp.where(over(tokens, jnp.int32(1)), 0, 1), carry.ages),
+            tokens=tokens,
+            began=jnp.where(taken, carry.step, carry.began),
+            column=jnp.where(taken, jnp.argmax(taken_by, axis=1).astype(jnp.int32), carry.column),
+        )
+
+    def advance(carry: _Slots) -> _Slots:
+        states, ring = ring_step(params, carry.ring, carry.tokens, carry.step, carry.ages, config)
+        uniform = uniforms[carry.sequences, carry.ages]
+        sampled = sample_tokens(logits(params, states, config), uniform, sampling)
+        ages = jnp.where(carry.ages > 0, carry.ages + 1, 0)
+        return carry._replace(
+            step=carry.step + 1,
+            ring=ring,
+            ages=jnp.where(over(sampled[0], ages), 0, ages),
+            tokens=sampled[0],
+            log=jax.tree.map(
+                lambda log, new: jax.lax.dynamic_update_slice(log, new[None], (carry.step, 0)), carry.log, sampled
+            ),
+        )
+
+    def run(carry: _Slots, enough: int) -> _Slots:
+        """Goes on until the queue is empty and no more than `enough` slots are at work."""
+
+        def due(carry: _Slots) -> Array:
+            return queued(carry) | (jnp.sum(carry.ages > 0) > enough)
+
+        def steady(carry: _Slots) -> Array:
+            return due(carry) & jnp.any(carry.ages > 0) & ~(queued(carry) & jnp.any(carry.ages == 0))
+
+        return jax.lax.while_loop(due, lambda carry: jax.lax.while_loop(steady, advance, refill(carry)), carry)
+
+    stages = [slots]
+    while not sampling.ignore_eos and sampling.eos and stages[-1] >= SHRINK * FEWEST:
+        stages.append(stages[-1] // SHRINK)
+    steps = max(length - 1, 1) * (1 if slots == rows else -(-rows // slots) + 1)
+    none = jnp.zeros(slots, jnp.int32)
+    carry = _Slots(
+        step=jnp.int32(0),
+        taken=jnp.int32(0),
+        ring=empty_ring(pairs, slots, length),
+        sequences=none,
+        ages=none,
+        tokens=none,
+        log=(jnp.zeros((steps, slots), jnp.int32), jnp.zeros((steps, slots))),
+        began=jnp.zeros(rows, jnp.int32),
+        column=jnp.zeros(rows, jnp.int32),
+    )
+    enough = [*stages[1:], 0]
+    carry = run(carry, enough[0])
+    for size, fewer in zip(stages[1:], enough[1:], strict=True):
+        carry = run(_shrink(carry, size), fewer)
+    later = (log[_places(carry, steps, length), carry.column[:, None]] for log in carry.log)
+    completions, logprobs = (
+        jnp.concatenate([first[:, None], rest], axis=1)
+        for first, rest in zip((first_tokens, first_logprobs), later, strict=True)
+    )
+    stopped = jnp.any(completions[:, :, None] == stops[None, None, :], axis=2)
+    mask = jnp.cumsum(stopped, axis=1) - stopped == 0
+    return Rollout(
+        prompts=jnp.repeat(prompts, group, axis=0),
+        prompt_mask=jnp.repeat(prompt_mask, group, axis=0),
+        completions=jnp.where(mask, completions, 0),
+        completion_mask=mask,
+        behavior_logprobs=jnp.where(mask, logprobs, 0.0),
+        truncated=~jnp.any(stopped & mask, axis=1),
+    )
+
+
+def _shrink(carry: _Slots, size: int) -> _Slots:
+    """The slots at work, at most `size` of them, in a batch of that many. Columns of the log move with them."""
+    order = jnp.argsort(carry.ages == 0, stable=True)
+    rest = jnp.arange(len(order), carry.log[0].shape[1])
+    columns = jnp.concatenate([order, rest])
+    chosen = order[:size]
+    return carry._replace(
+        ring=take_slots(carry.ring, chosen),
+        sequences=carry.sequences[chosen],
+        ages=carry.ages[chosen],
+        tokens=carry.tokens[chosen],
+        log=jax.tree.map(lambda log: log[:, columns], carry.log),
+        column=jnp.argsort(columns)[carry.column].astype(jnp.int32),
+    )
+
+
+def _places(carry: _Slots, steps: int, length: int) -> Array:
+    """Steps at which tokens 1 to C - 1 of each sequence were sampled, as far as it goes. int32 [B, C - 1]."""
+    return jnp.minimum(carry.began[:, None] + jnp.arange(length - 1)[None, :], steps - 1)
