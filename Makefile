@@ -1,14 +1,19 @@
 # make quickstart   the main job, on the embedded corpus: pretrain, reward, REINFORCE, before and after
 # make test         format, lint, types and tests
+# make bench        side by side with peers and with the machine's limit; ARGS=--quick for the form of three minutes
+# make bench-peers  the environments of the peers, in build/peers
 # PYTHON=python3.12 chooses the interpreter, RUN=runs/name the run's folder, ARGS="--seed 1" anything else.
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
 ARGS ?=
+TORCH_PYTHON ?= python3.11
+TUNIX_PYTHON ?= python3.12
+PEERS := build/peers
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test parity clean
+.PHONY: quickstart test parity bench bench-peers clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -25,6 +30,25 @@ test: $(VENV)/installed-test
 parity: $(VENV)/installed-test
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[parity]" "torch==2.13.0" "trl==1.16.0"
 	RL_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -q tests/test_parity.py tests/test_trl.py
+
+bench: $(VENV)/installed
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+# Nothing that rl_jax needs: who is compared with it, each in an environment of its own. PyTorch's build for CPU alone
+# is smaller; PIP_INDEX_URL and PIP_EXTRA_INDEX_URL say where pip finds it.
+bench-peers: $(PEERS)/torch/installed $(PEERS)/tunix/installed
+
+$(PEERS)/torch/installed:
+	@echo "Installing PyTorch, transformers and TRL into $(PEERS)/torch"
+	@$(TORCH_PYTHON) -m venv $(PEERS)/torch
+	@$(PEERS)/torch/bin/pip install -q --disable-pip-version-check "torch==2.13.0" "transformers==5.23.0" "trl==1.16.0"
+	@touch $@
+
+$(PEERS)/tunix/installed:
+	@echo "Installing Tunix into $(PEERS)/tunix"
+	@$(TUNIX_PYTHON) -m venv $(PEERS)/tunix
+	@$(PEERS)/tunix/bin/pip install -q --disable-pip-version-check "google-tunix==0.1.7"
+	@touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'rl_jax needs Python 3.11 or newer; choose one: make PYTHON=python3.12')"

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.judge import text_rewards
+from experiments.mapped import make_generate, prompt_indices
 from rl_jax.data.prompts import prompt_batch
 from rl_jax.keys import Purpose, step_key
 from rl_jax.models.transformer import TransformerConfig
 from rl_jax.reinforce.advantages import zero_signal_groups
 from rl_jax.rewards.compose import Reward
-from rl_jax.rollout import generate, refill_groups
+from rl_jax.rollout import refill_groups
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.sampling import Sampling, most_likely
 from rl_jax.types import Array, Metrics, PyTree, Rollout
@@ -44,12 +45,16 @@ was sampled first, which nothing has selected; and metrics: where groups are rep
 sampled), and reward and zero_signal_groups of the first."""
 
 
-def make_sample(config: TransformerConfig, sampling: Sampling, reward: Reward, needs_greedy: bool) -> SampleFn:
-    """A pure function that samples, and rewards what can be rewarded on tokens."""
+def make_sample(
+    config: TransformerConfig, sampling: Sampling, reward: Reward, needs_greedy: bool, slots: int = 0
+) -> SampleFn:
+    """A pure function that samples, in so many slots, and rewards what can be rewarded on tokens."""
+    mesh = make_mesh()
 
     def sample(params: PyTree, reward_params: PyTree, key: Array, prompts: Array, mask: Array) -> Collected:
         def rewarded(sampling: Sampling) -> Rewarded:
-            rollout = generate(params, key, prompts, mask, config, sampling)
+            generate = make_generate(config, sampling, mesh, slots)
+            rollout = generate(params, key, prompts, mask, prompt_indices(prompts))
             if reward.on_tokens is None:
                 return Rewarded(rollout, jnp.zeros(len(rollout.completions)))
             return Rewarded(rollout, reward.on_tokens(reward_params, rollout))

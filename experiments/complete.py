@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.judge import JudgeFn
+from experiments.mapped import make_generate
 from rl_jax.data.prompts import decode_completions
 from rl_jax.models.huggingface import Policy
 from rl_jax.models.transformer import TransformerConfig
-from rl_jax.rollout import generate
 from rl_jax.run.progress import show_progress
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.sampling import Sampling, untruncated
@@ -53,10 +53,11 @@ def make_block_sampler(config: TransformerConfig, sampling: Sampling, compared: 
     It returns a rollout, and where it is compared with a reference, the exact KL and the log-ratio of each of its
     completions [n * G], at the sampling temperature with every token kept; else None and None.
     """
-    tempered = untruncated(sampling)
+    mesh, tempered = make_mesh(), untruncated(sampling)
+    generate = make_generate(config, sampling, mesh)
 
     def sample(params: PyTree, ref: PyTree, key: Array, index: Array, prompts: Array, mask: Array):
-        rollout = generate(params, key, prompts, mask, config, sampling, index)
+        rollout = generate(params, key, prompts, mask, index)
         if not compared:
             return rollout, None, None
         reference = Reference(ref, completion_states(ref, rollout, config))
@@ -64,7 +65,7 @@ def make_block_sampler(config: TransformerConfig, sampling: Sampling, compared: 
         log_ratio = scores.logprobs - completion_logprobs(ref, rollout, config, tempered)
         return rollout, jnp.sum(scores.kl, axis=1), jnp.sum(log_ratio, axis=1)
 
-    return pmapped(sample, make_mesh(), (None, None, None, 0, 0, 0), 0)
+    return pmapped(sample, mesh, (None, None, None, 0, 0, 0), 0)
 
 
 def in_blocks(fn: Callable[[np.ndarray, Any], PyTree], batch: PyTree, size: int, stage: str) -> PyTree:

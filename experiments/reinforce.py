@@ -26,6 +26,7 @@ from experiments.compare import Comparing, compare
 from experiments.complete import complete
 from experiments.gold import make_gold_metrics
 from experiments.judge import make_judge
+from experiments.mapped import make_learning
 from experiments.options import EstimatorOptions, chosen_estimator, describe_estimator
 from experiments.pretrain import HELD_OUT, check_counts, check_optimizer
 from rl_jax.data.corpus import read_passages, split_held_out
@@ -33,6 +34,7 @@ from rl_jax.data.prompts import decode_completions, passage_openings, prompt_bat
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.learner import init_state, make_optimizer, policy_gradient_update
+from rl_jax.microbatch import sum_over_whole
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
 from rl_jax.models.transformer import TransformerConfig, add_value_head
 from rl_jax.reinforce.estimators import ESTIMATORS
@@ -46,11 +48,11 @@ from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
 from rl_jax.run.spmd import make_mesh, pmapped, put
 from rl_jax.sampling import Sampling
-from rl_jax.scoring import make_score_fn, reference_scores
+from rl_jax.scoring import make_score_fn
 from rl_jax.sign_check import check_signs
 from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
 
-COUNTS = ("prompts", "group_size", "prompt_length", "completion_length", "steps", "microbatches", "checkpoint_every")
+COUNTS = ("prompts", "group_size", "prompt_length", "completion_length", "steps", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +87,10 @@ class Reinforcing:
     """Weight decay of matrices."""
     clip_norm: float = 1.0
     """Longest gradient, global L2 norm."""
-    microbatches: int = 1
-    """Parts of a batch that the gradient is accumulated over, to save memory."""
+    slots: int = 0
+    """Completions sampled at once, the others waiting their turn, to save memory; 0 for all of them."""
+    tokens_at_once: int = 0
+    """Tokens that go through the update at once, about, on each device: memory against speed; 0 for what suits it."""
     noise_every: int = 0
     """Updates between measurements of the gradient's noise, by a gradient for each prompt; 0 for none."""
     checkpoint_every: int = 50
@@ -163,11 +167,10 @@ def check(
     if settings.temperature == 0:
         raise InputError("A policy learns from sampled completions: give a temperature above 0.")
     estimator = chosen_estimator(settings.estimator, settings.options, settings.group_size)
-    if settings.prompts * settings.group_size % (estimator.minibatches * settings.microbatches * jax.device_count()):
+    if settings.prompts * settings.group_size % (estimator.minibatches * jax.device_count()):
         raise InputError(
             f"{settings.prompts} prompts x {settings.group_size} completions do not divide into "
-            f"{estimator.minibatches} minibatches of {settings.microbatches} microbatches over "
-            f"{jax.device_count()} devices."
+            f"{estimator.minibatches} minibatches over {jax.device_count()} devices."
         )
     if settings.prompts % jax.device_count():
         raise InputError(f"prompts is {settings.prompts}, which does not divide over {jax.device_count()} devices.")
@@ -177,6 +180,9 @@ def check(
             f"kl_horizon is {estimator.kl_horizon}; with {completions} completions an update it must be above "
             f"{completions / 5:g}, or the coefficient could change its sign."
         )
+    for name in ("slots", "tokens_at_once"):
+        if getattr(settings, name) < 0:
+            raise InputError(f"{name} is {getattr(settings, name)}; it must be at least 1, or 0.")
     if settings.noise_every < 0 or (settings.noise_every and settings.prompts < 2):
         raise InputError("noise_every must be at least 0, and a noise is measured between at least 2 prompts.")
     check_text_reward(reward, prompts, tokenizer)
@@ -234,27 +240,31 @@ def reinforce(
         settings.clip_norm,
         (0.9, 0.95),
     )
-    sample = make_sample(config, sampling, reward, estimator.greedy)
+    sample = make_sample(config, sampling, reward, estimator.greedy, settings.slots)
+    learning = make_learning(config, sampling, mesh, settings.prompt_length, settings.tokens_at_once)
 
     def learn(
         state: TrainState, ref_params: PyTree, key: Array, collected: Collected, noise_at_once: int = 0
     ) -> tuple[TrainState, Metrics]:
         (rollout, rewards), greedy = collected
-        ref_logprobs, ref_states = reference_scores(ref_params, rollout, config, sampling)
+        ref_logprobs, ref_states = learning.reference_scores(ref_params, rollout)
         rate = jnp.asarray(schedule(state.step))
+        score_fn, sum_parts = learning.make_score_fn(ref_params), learning.sum_parts
+        if noise_at_once:  # which takes the gradient of one prompt at a time
+            score_fn, sum_parts = make_score_fn(ref_params, config, sampling), sum_over_whole
         state, metrics = policy_gradient_update(
             state,
             rollout,
             rewards,
             estimator=estimator,
-            score_fn=make_score_fn(ref_params, config, sampling),
+            score_fn=score_fn,
+            sum_parts=sum_parts,
             optimizer=optimizer,
             group_size=settings.group_size,
             ref_logprobs=ref_logprobs,
             context=ref_states,
             greedy_rewards=None if greedy is None else jnp.repeat(greedy.rewards, settings.group_size),
             key=key,
-            microbatches=settings.microbatches,
             noise_at_once=noise_at_once,
         )
         return state, metrics | {"learning_rate": rate}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from rl_jax.masked import masked_mean, masked_sum
-from rl_jax.microbatch import sum_over_microbatches
+from rl_jax.microbatch import SumParts, sum_over_whole
 from rl_jax.reinforce.advantages import zero_signal_groups
 from rl_jax.reinforce.composition import Estimator, estimate_advantages
 from rl_jax.reinforce.diagnostics import explained_variance, gradient_noise
@@ -134,7 +134,7 @@ def policy_gradient_update(
     context: Any = None,
     greedy_rewards: Array | None = None,
     key: Array | None = None,
-    microbatches: int = 1,
+    sum_parts: SumParts = sum_over_whole,
     noise_at_once: int = 0,
 ) -> tuple[TrainState, Metrics]:
     """One step of an estimator, from a rollout of the current policy.
@@ -151,7 +151,7 @@ def policy_gradient_update(
         context: what `score_fn` is given besides, a pytree of arrays [B, ...].
         greedy_rewards: of the greedy completion of each sequence's prompt, where the estimator asks for them. [B].
         key: shuffles the batch, where there are several minibatches.
-        microbatches: parts that each gradient is accumulated over.
+        sum_parts: how each gradient is accumulated over parts of the batch.
         noise_at_once: where it is not 0, adds the metrics of `gradient_noise` over prompts, so many prompts at once:
             a multiple of the number of devices, and a divisor of N.
 
@@ -163,7 +163,7 @@ def policy_gradient_update(
         a critic explained_variance and value_loss, of before the step.
     """
     kl = kl_estimate(rollout.behavior_logprobs, ref_logprobs, "k1")
-    values = critic_values(state.params, rollout, score_fn, context, microbatches) if estimator.critic else None
+    values = critic_values(state.params, rollout, score_fn, context, sum_parts) if estimator.critic else None
     shaped, greedy = _shape(estimator, rewards, greedy_rewards)
     advantages, targets, baseline = estimate_advantages(
         estimator,
@@ -181,7 +181,7 @@ def policy_gradient_update(
     about = _batch_metrics(experience, rewards, kl, group_size)
     if noise_at_once:
         about |= _noise(state, experience, estimator, score_fn, group_size, noise_at_once)
-    updated, metrics = _fit(state, experience, estimator, score_fn, optimizer, key, microbatches)
+    updated, metrics = _fit(state, experience, estimator, score_fn, optimizer, key, sum_parts)
     nonfinite = jnp.where(updated.nonfinite > 0, state.nonfinite + 1, 0)
     updated = dataclasses.replace(
         updated,
@@ -201,7 +201,7 @@ def experience_gradient(
     *,
     estimator: Estimator,
     score_fn: ScoreFn,
-    microbatches: int = 1,
+    sum_parts: SumParts = sum_over_whole,
 ) -> tuple[PyTree, Metrics]:
     """The gradient of everything that an estimator's loss holds: policy, divergence, entropy, critic.
 
@@ -211,7 +211,7 @@ def experience_gradient(
         experience: a batch, or a part of one that is to have an update of its own.
         estimator: a row of `rl_jax.reinforce.estimators`.
         score_fn: the policy's scores of a rollout.
-        microbatches: parts that the gradient is accumulated over.
+        sum_parts: how the gradient is accumulated over parts of the batch.
 
     Returns:
         As `reinforce_gradient`.
@@ -237,11 +237,13 @@ def experience_gradient(
         loss_fn=estimator.loss,
         penalty_fn=penalty,
         context=experience,
-        microbatches=microbatches,
+        sum_parts=sum_parts,
     )
 
 
-def critic_values(params: PyTree, rollout: Rollout, score_fn: ScoreFn, context: Any, microbatches: int = 1) -> Array:
+def critic_values(
+    params: PyTree, rollout: Rollout, score_fn: ScoreFn, context: Any, sum_parts: SumParts = sum_over_whole
+) -> Array:
     """What the critic expects before each token of a rollout, as constants. [B, C].
 
     Raises:
@@ -251,7 +253,7 @@ def critic_values(params: PyTree, rollout: Rollout, score_fn: ScoreFn, context: 
     def values(part: tuple[Rollout, Any]) -> tuple[tuple[()], Array | None]:
         return (), score_fn(params, *part).values
 
-    _, expected = sum_over_microbatches(values, (rollout, context), microbatches)
+    _, expected = sum_parts(values, (rollout, context))
     if expected is None:
         raise ValueError("The estimator has a critic, and the policy has none: see `transformer.add_value_head`.")
     return jax.lax.stop_gradient(expected)
@@ -276,7 +278,7 @@ def _fit(
     score_fn: ScoreFn,
     optimizer: optax.GradientTransformation,
     key: Array | None,
-    microbatches: int,
+    sum_parts: SumParts,
 ) -> tuple[TrainState, Metrics]:
     """Every update that an estimator makes from a batch, at the KL coefficient of its beginning."""
 
@@ -287,7 +289,7 @@ def _fit(
             part,
             estimator=estimator,
             score_fn=score_fn,
-            microbatches=microbatches,
+            sum_parts=sum_parts,
         )
         state, applied = apply_gradients(state, grads, optimizer)
         return state, metrics | applied

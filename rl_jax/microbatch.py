@@ -8,17 +8,26 @@ import jax.numpy as jnp
 from rl_jax.errors import InputError
 from rl_jax.types import PyTree
 
+Part = Callable[[PyTree], tuple[PyTree, PyTree]]
+"""A part of a batch -> a pytree of sums over its sequences, so that those of the parts add up to that of the whole, and
+a pytree of arrays with a row for each sequence."""
 
-def sum_over_microbatches(
-    fn: Callable[[PyTree], tuple[PyTree, PyTree]], batch: PyTree, microbatches: int
-) -> tuple[PyTree, PyTree]:
+SumParts = Callable[[Part, PyTree], tuple[PyTree, PyTree]]
+"""What a function of parts makes of a batch: how it is cut, and put together again, is all that these differ in."""
+
+
+def sum_over_whole(fn: Part, batch: PyTree) -> tuple[PyTree, PyTree]:
+    """The batch is one part."""
+    return fn(batch)
+
+
+def sum_over_microbatches(fn: Part, batch: PyTree, microbatches: int) -> tuple[PyTree, PyTree]:
     """The sums and the rows that `fn` makes of a batch, got from its parts.
 
     Part m takes the sequences m, m + microbatches, ...: where a batch is laid over devices, each part is too.
 
     Args:
-        fn: a part of the batch -> a pytree of sums over its sequences, so that those of the parts add up to that of
-            the whole, and a pytree of arrays with a row for each sequence.
+        fn: what is made of a part.
         batch: a pytree of arrays [B, ...].
         microbatches: number of parts; B is a multiple of it.
 

@@ -9,7 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rl_jax.models.transformer import TransformerConfig, hidden_states, logits, values
+from rl_jax.models.transformer import TransformerConfig, hidden_states, logits, seen_states, values
+from rl_jax.packing import Packing, from_rows, pack, sum_over_rows, to_rows
 from rl_jax.reinforce.distributions import entropy, exact_kl, token_logprobs
 from rl_jax.reinforce.gradient import ScoreFn, Scores
 from rl_jax.sampling import Sampling, untruncated, warp_logits
@@ -137,6 +138,50 @@ def make_score_fn(ref_params: PyTree, config: TransformerConfig, sampling: Sampl
 
     def score(params: PyTree, rollout: Rollout, ref_states: Array) -> Scores:
         return score_completions(params, rollout, config, sampling, Reference(ref_params, ref_states))
+
+    return score
+
+
+def score_packed(
+    params: PyTree,
+    rollout: Rollout,
+    config: TransformerConfig,
+    sampling: Sampling,
+    packing: Packing,
+    reference: Reference | None = None,
+) -> Scores:
+    """`score_completions` without the padding: what it says of sequences that fit into one part of the packing."""
+    rows = pack(rollout, packing)
+    states = seen_states(params, rows.tokens, rows.positions, rows.seen, config)
+    if reference is not None:
+        reference = reference._replace(states=to_rows(reference.states, rows))
+    scores = token_scores(params, states, to_rows(rollout.completions, rows), config, sampling, reference)
+    scores = scores._replace(values=values(params, states))
+    return jax.tree.map(lambda x: from_rows(x, rows, rollout.completion_mask), scores)
+
+
+def packed_reference_scores(
+    ref_params: PyTree, rollout: Rollout, config: TransformerConfig, sampling: Sampling, packing: Packing
+) -> tuple[Array, Array]:
+    """`reference_scores` without the padding."""
+
+    def score(part: Rollout) -> tuple[tuple[()], tuple[Array, Array]]:
+        rows = pack(part, packing)
+        states = seen_states(ref_params, rows.tokens, rows.positions, rows.seen, config)
+        tokens = to_rows(part.completions, rows)
+        logprobs = token_scores(ref_params, states, tokens, config, untruncated(sampling)).logprobs
+        return (), jax.tree.map(lambda x: from_rows(x, rows, part.completion_mask), (logprobs, states))
+
+    return sum_over_rows(score, rollout, packing)[1]
+
+
+def make_packed_score_fn(
+    ref_params: PyTree, config: TransformerConfig, sampling: Sampling, packing: Packing
+) -> ScoreFn:
+    """As `make_score_fn`, for the parts that `sum_over_rows` makes with the same packing."""
+
+    def score(params: PyTree, rollout: Rollout, ref_states: Array) -> Scores:
+        return score_packed(params, rollout, config, sampling, packing, Reference(ref_params, ref_states))
 
     return score
 

@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from oracles import CONFIG, EOS, LENGTH, PROMPT_MASK, PROMPTS, VOCAB
 
 from rl_jax.errors import InputError
+from rl_jax.microbatch import sum_over_microbatches
 from rl_jax.reinforce.advantages import group_mean_advantages, leave_one_out_advantages
 from rl_jax.reinforce.distributions import kl_estimate
 from rl_jax.reinforce.gradient import Scores, reinforce_gradient, supply
@@ -152,7 +153,7 @@ def whole_gradient(microbatches):
             score,
             normalize="token",
             context=completion_states(ref_params, rollout, CONFIG),
-            microbatches=microbatches,
+            sum_parts=functools.partial(sum_over_microbatches, microbatches=microbatches),
         )
 
     return gradient
@@ -229,7 +230,11 @@ def toy_gradient(advantages=TOY_ADVANTAGES, **options):
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_gradient_and_metrics_by_hand(microbatches):
     clip = functools.partial(ppo_clip_loss, clip_low=0.2, clip_high=0.2)
-    grads, metrics = toy_gradient(loss_fn=clip, penalty_fn=toy_penalty, microbatches=microbatches)
+    grads, metrics = toy_gradient(
+        loss_fn=clip,
+        penalty_fn=toy_penalty,
+        sum_parts=functools.partial(sum_over_microbatches, microbatches=microbatches),
+    )
     features, mask, behavior = (np.asarray(x, np.float64) for x in (FEATURES, MASK, BEHAVIOR))
     logprobs = features @ np.asarray(TOY["a"], np.float64)
     ratio, advantages = np.exp(logprobs - behavior), np.asarray(TOY_ADVANTAGES)[:, None]
@@ -281,7 +286,9 @@ def test_bad_shapes_are_refused():
         with pytest.raises(AssertionError):
             gradient(wrong, scorer(make_sampling()))
     with pytest.raises(InputError, match="16 sequences does not divide into 3"):
-        gradient(advantages, scorer(make_sampling()), microbatches=3)
+        gradient(
+            advantages, scorer(make_sampling()), sum_parts=functools.partial(sum_over_microbatches, microbatches=3)
+        )
 
 
 def test_weights_of_parts_are_those_of_the_whole():

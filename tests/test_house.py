@@ -23,6 +23,7 @@ FLOORS = (
     ("rl_jax.scoring",),
     ("rl_jax.reinforce",),
     ("rl_jax.rewards",),
+    ("rl_jax.slots", "rl_jax.packing"),
     ("rl_jax.rollout", "rl_jax.microbatch"),
     ("rl_jax.sampling",),
     ("rl_jax.models",),
@@ -99,7 +100,7 @@ def test_each_tool_stays_in_its_room(name):
         assert not {n for n in names if n == "flax" or n.startswith("flax.")}
     if name != "rl_jax.run.spmd" and room(name) != "experiments":
         compiled = ("jax.jit", "jax.pmap", "jax.shard_map", "jax.sharding", "jax.experimental.shard_map", "jax.lax.p")
-        allowed = ("jax.lax.pad",)
+        allowed = ("jax.lax.pad", "jax.lax.platform_dependent")
         assert not {n for n in names if n.startswith(compiled) and n not in allowed}
     assert not {n for n in names if n.startswith(("pickle", "torch"))}
 

@@ -9,6 +9,7 @@ import pytest
 from enumerable import ALL, BETA, PARAMS, REF, REWARDS, score_all, scores
 
 from rl_jax.learner import apply_gradients, init_state, make_optimizer, policy_gradient_update
+from rl_jax.microbatch import sum_over_microbatches
 from rl_jax.reinforce.estimators import make_estimator
 from rl_jax.run.spmd import make_mesh, pmapped
 
@@ -134,7 +135,7 @@ def step(
 ):
     """One step by a named estimator, with arguments of the update or options of the estimator."""
     state = init_state(PARAMS, SGD, BETA) if state is None else state
-    static = {"group_size": 2} | {k: more.pop(k) for k in ("group_size", "microbatches", "noise_at_once") if k in more}
+    static = {"group_size": 2} | {k: more.pop(k) for k in ("group_size", "sum_parts", "noise_at_once") if k in more}
     update = program(name, score_fn, tuple(more.items()), tuple(static.items()))
     return update(state, rollout, rewards, greedy_rewards, key)
 
@@ -207,7 +208,7 @@ def test_minibatches_do_not_depend_on_devices():
             group_size=2,
             ref_logprobs=scores(PARAMS | {"logits": REF}, rollout, REF).logprobs,
             key=key,
-            microbatches=2,
+            sum_parts=functools.partial(sum_over_microbatches, microbatches=2),
             noise_at_once=4,
         )
 
@@ -245,7 +246,7 @@ def test_a_step_of_updates_that_are_not_finite_counts_once():
 @pytest.mark.parametrize(("name", "options"), [("ppo", {"epochs": 2}), ("rloo", {})])
 def test_microbatches_change_nothing(name, options):
     whole, metrics = step(name, **options)
-    parts, same = step(name, **options, microbatches=4)
+    parts, same = step(name, **options, sum_parts=functools.partial(sum_over_microbatches, microbatches=4))
     assert_close(parts.params, whole.params)
     assert_close(same, metrics)
 

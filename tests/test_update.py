@@ -14,6 +14,7 @@ from oracles import CONFIG, EOS, LENGTH, PROMPT_MASK, PROMPTS
 
 from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import init_state, policy_gradient_update
+from rl_jax.microbatch import sum_over_microbatches
 from rl_jax.reinforce.advantages import moving_average_advantages
 from rl_jax.reinforce.estimators import ESTIMATORS
 from rl_jax.rollout import generate
@@ -92,7 +93,8 @@ def test_update_follows_the_exact_gradient():
 @pytest.mark.parametrize(("devices", "microbatches"), [(8, 1), (1, 4)])
 def test_update_does_not_depend_on_devices_or_microbatches(devices, microbatches):
     mesh = make_mesh(jax.devices()[:devices])
-    other = pmapped(make_update(SGD, WEIGHED, microbatches=microbatches), mesh, (None, None, 0, 0), None)
+    sum_parts = functools.partial(sum_over_microbatches, microbatches=microbatches)
+    other = pmapped(make_update(SGD, WEIGHED, sum_parts=sum_parts), mesh, (None, None, 0, 0), None)
     got, expected = (fn(init_state(PARAMS, SGD, COEFFICIENT), REF_PARAMS, *enumerated()) for fn in (other, update))
     assert max(rounding(metrics) for _, metrics in (got, expected)) < 1e-5
     assert_same(jax.device_get(got), jax.device_get(expected))

@@ -5,6 +5,7 @@ model's forward pass, by given log-probabilities. What is masked holds numbers t
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.learner import init_state, policy_gradient_update
+from rl_jax.microbatch import sum_over_microbatches
 from rl_jax.models.huggingface import Policy, save_policy
 from rl_jax.models.transformer import init_params
 from rl_jax.reinforce.gradient import Scores, supply
@@ -163,7 +165,7 @@ def our_step(estimator, rollout=ROLLOUT, microbatches=1):
             group_size=GROUP_SIZE,
             ref_logprobs=jnp.asarray(REFERENCE),
             context=jnp.arange(COUNT),
-            microbatches=microbatches,
+            sum_parts=functools.partial(sum_over_microbatches, microbatches=microbatches),
         )
         return state.opt_state, metrics
 

@@ -123,10 +123,10 @@ def _look_back(
     count, slots, kv_heads, width, size = blocks[0].shape
     column = step % (count * width)
     at = (column // width, 0, 0, column % width, 0)
-    blocks = tuple(jax.lax.dynamic_update_slice(x, new[None], at) for x, new in zip(blocks, (key, value), strict=True))
+    blocks = jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice(x, new[None], at), blocks, (key, value))
     grouped = query.reshape(slots, kv_heads, -1, size)
 
-    def look_at(block: Array, keys: Array, values: Array) -> _Seen:
+    def look_at(block: Array | int, keys: Array, values: Array) -> _Seen:
         columns_ago = (column - block * width - jnp.arange(width)) % (count * width)
         return _look(grouped, keys, values, columns_ago[None, :] < ages[:, None])
 

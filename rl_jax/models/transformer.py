@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from rl_jax.errors import InputError
+from rl_jax.models.attention import attend
 from rl_jax.types import Array, PyTree
 
 INIT_STD = 0.02  # GPT-2's; residual projections divide it by sqrt(2 layers)
@@ -137,26 +138,6 @@ def rotate(x: Array, positions: Array, theta: float) -> Array:
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def attend(query: Array, keys: Array, values: Array, mask: Array) -> Array:
-    """Softmax attention with grouped key-value heads, softmax in float32.
-
-    Args:
-        query: [B, S, H, K].
-        keys: [B, J, T, K].
-        values: [B, J, T, K].
-        mask: true where a query may look. bool [B, S, T].
-
-    Returns:
-        [B, S, H, K]. A query that may look nowhere gets the mean of the values, which nothing reads.
-    """
-    b, s, h, k = query.shape
-    grouped = query.reshape(b, s, keys.shape[1], -1, k)
-    scores = jnp.einsum("bsjgk,bjtk->bjgst", grouped, keys, preferred_element_type=jnp.float32) * k**-0.5
-    scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-    weights = nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bjgst,bjtk->bsjgk", weights, values).reshape(b, s, h, k)
 
 
 Look = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -318,7 +299,8 @@ def step_states(
 
 def logits(params: PyTree, states: Array, config: TransformerConfig) -> Array:
     """Logits of the next token. [..., D] -> float32 [..., V]."""
-    return Transformer(config).apply({"params": params}, states, method="unembed")
+    scores: Any = Transformer(config).apply({"params": params}, states, method="unembed")
+    return scores
 
 
 def add_value_head(params: PyTree, config: TransformerConfig) -> PyTree:
@@ -382,7 +364,8 @@ def decode_step(
 def _apply(
     params: PyTree, config: TransformerConfig, tokens: Array, positions: Array, looks: Sequence[Look]
 ) -> tuple[Array, tuple[Any, ...]]:
-    return Transformer(config).apply({"params": params}, tokens, positions, looks)
+    read: Any = Transformer(config).apply({"params": params}, tokens, positions, looks)
+    return read
 
 
 def _read(params: PyTree, config: TransformerConfig, tokens: Array, mask: Array) -> tuple[Array, tuple[Any, ...]]:

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from rl_jax.masked import masked_mean, masked_sum
-from rl_jax.microbatch import sum_over_microbatches
+from rl_jax.microbatch import SumParts, sum_over_whole
 from rl_jax.reinforce.diagnostics import ratio_metrics
 from rl_jax.reinforce.objectives import Loss, Normalize, reinforce_loss, token_weights
 from rl_jax.types import Array, Metrics, PyTree, Rollout
@@ -59,7 +60,7 @@ def reinforce_gradient(
     loss_fn: Callable[..., Loss] = reinforce_loss,
     penalty_fn: PenaltyFn | None = None,
     context: Any = None,
-    microbatches: int = 1,
+    sum_parts: SumParts = sum_over_whole,
 ) -> tuple[PyTree, Metrics]:
     """Gradient of a loss of `rl_jax.reinforce.objectives`, the same however the batch is split.
 
@@ -72,7 +73,7 @@ def reinforce_gradient(
         loss_fn: names among its parameters what it needs of logprobs, behavior_logprobs, advantages and weights.
         penalty_fn: what else the loss holds: a divergence, a critic's error.
         context: what `score_fn` and `penalty_fn` are given besides, split with the rollout.
-        microbatches: parts that the batch is worked through in, to save memory.
+        sum_parts: how the batch is worked through in parts, to save memory, or to leave padding out.
 
     Returns:
         The gradient, shaped as `params`, and metrics: loss; entropy (mean over tokens, nats); kl (exact, nats a
@@ -86,22 +87,23 @@ def reinforce_gradient(
 
     def loss(params: PyTree, part: _Batch) -> tuple[Array, tuple[Scores, Array]]:
         scores = score_fn(params, part.rollout, part.context)
+        weights = jnp.where(part.rollout.completion_mask, part.weights, 0.0)  # a part may mask what is not its own
         quantities = {
             "logprobs": scores.logprobs,
             "behavior_logprobs": part.rollout.behavior_logprobs,
             "advantages": part.advantages,
-            "weights": part.weights,
+            "weights": weights,
         }
         total, clipped = supply(loss_fn, quantities)
         if penalty_fn is not None:
-            total += masked_sum(part.weights * penalty_fn(scores, part.context), part.rollout.completion_mask)
+            total += masked_sum(weights * penalty_fn(scores, part.context), part.rollout.completion_mask)
         return total, jax.lax.stop_gradient((scores, clipped))
 
     def gradient(part: _Batch) -> tuple[tuple[Array, PyTree], tuple[Scores, Array]]:
         (total, rows), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
         return (total, grads), rows
 
-    (total, grads), (scores, clipped) = sum_over_microbatches(gradient, batch, microbatches)
+    (total, grads), (scores, clipped) = sum_parts(gradient, batch)
     return grads, {
         "loss": total,
         "entropy": masked_mean(scores.entropy, mask),

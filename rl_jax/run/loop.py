@@ -12,6 +12,7 @@ import jax
 from rl_jax.errors import InputError
 from rl_jax.run.checkpoint import Checkpoints, save_checkpoint, wait_for_checkpoints
 from rl_jax.run.interrupt import stop_requests
+from rl_jax.run.memory import keep_freed_memory
 from rl_jax.run.metrics import MetricsWriter
 from rl_jax.run.progress import Progress, show_progress
 from rl_jax.types import TrainState
@@ -104,6 +105,7 @@ def run_main(main: Callable[[Any], None], config_class: type, args: Sequence[str
     """
     import tyro
 
+    keep_freed_memory()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         main(tyro.cli(config_class, args=args))

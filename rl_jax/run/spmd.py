@@ -19,6 +19,8 @@ from rl_jax.errors import InputError
 from rl_jax.types import Array, PyTree
 
 AXIS = "data"
+SUM = "sum"
+"""In place of an axis's number in the `out_axes` of `each_device`: the sum over the devices, which each then has."""
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -60,6 +62,34 @@ def pmapped(
     return checked
 
 
+def each_device(
+    fn: Callable[..., Any], mesh: Mesh, in_axes: tuple[PyTree, ...], out_axes: PyTree
+) -> Callable[..., Any]:
+    """Maps `fn` over the devices so that each runs it on its own rows, for as long as these take.
+
+    XLA's own partition of a function keeps the devices in step, and a loop would go on until the last row of all is
+    done. Nothing is communicated but the sums. To be called inside a function that `pmapped` compiles, or by itself.
+
+    Args:
+        fn: takes the rows of one device.
+        mesh: from `make_mesh`.
+        in_axes: as for `pmapped`.
+        out_axes: as for `pmapped`, or SUM.
+    """
+    if mesh.size == 1:
+        return fn
+
+    def local(*args: PyTree) -> PyTree:
+        def add_up(axis: Any, tree: PyTree) -> PyTree:
+            return jax.lax.psum(tree, AXIS) if axis == SUM else tree
+
+        return jax.tree.map(add_up, out_axes, fn(*args), is_leaf=lambda x: x is None)
+
+    specs = (_specs(axes) for axes in (in_axes, out_axes))
+    # Gradients are taken within `fn`, so nothing needs to know which values are the same on all devices.
+    return jax.shard_map(local, mesh=mesh, in_specs=next(specs), out_specs=next(specs), check_vma=False)
+
+
 def put(tree: PyTree, mesh: Mesh, axes: PyTree = None) -> PyTree:
     """Copies `tree` to the devices, laid out as `pmapped` wants an argument whose entry in `in_axes` is `axes`.
 
@@ -88,10 +118,14 @@ def fingerprint(values: Array) -> Array:
 
 
 def _shardings(mesh: Mesh, axes: PyTree) -> PyTree:
-    def sharding(axis: int | None) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(axes))
 
-    return jax.tree.map(sharding, axes, is_leaf=lambda x: x is None)
+
+def _specs(axes: PyTree) -> PyTree:
+    def spec(axis: int | str | None) -> PartitionSpec:
+        return PartitionSpec(*[None] * axis, AXIS) if isinstance(axis, int) else PartitionSpec()
+
+    return jax.tree.map(spec, axes, is_leaf=lambda x: x is None)
 
 
 def _check_divisible(axes: PyTree, tree: PyTree, mesh: Mesh, name: str) -> None:
