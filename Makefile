@@ -9,7 +9,7 @@ VENV ?= .venv
 RUN ?= runs/quickstart
 ARGS ?=
 TORCH_PYTHON ?= python3.11
-TUNIX_PYTHON ?= python3.12
+TUNIX_PYTHON ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12.*/bin/python) python3.12)
 PEERS := build/peers
 BIN := $(VENV)/bin
 

@@ -9,7 +9,8 @@ from benchmarks.race import Contender, own_python
 from benchmarks.work import FIXED, FIXED_G, SHAPES
 
 OURS = "rl_jax"
-TORCH = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+TORCH = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+PADDED = "rl_jax, padded to the longest"
 
 
 class Race(NamedTuple):
@@ -61,7 +62,9 @@ _SPREAD = {"task": "generate", "shape": "A", "dtype": "float32", "spread": True}
 RACES = {
     **{f"generation.{s}.{d}": _generation(s, d) for s in "ABG" for d in ("float32", "bfloat16")},
     "generation.A.spread": Race(
-        "generation, A, spread lengths", _SPREAD, {"transformers": ("peer_torch.py", _SPREAD)}, None
+        "generation, A, spread lengths",
+        _SPREAD,
+        {PADDED: ("ours.py", _SPREAD | {"padded": True}), "transformers": ("peer_torch.py", _SPREAD)},
     ),
     **{f"generation.{s}.tunix": _tunix("generate", s) for s in "AB"},
     **{f"rl_step.{s}.{a}": _rl_step(s, a) for s in "AB" for a in ("rloo", "grpo")},
@@ -81,6 +84,7 @@ TARGETS = {  # race and peer, or "the limit" -> how many times as fast, or which
     **{(f"rl_step.{s}.rloo", "TRL RLOO"): 3.0 for s in "AB"},
     **{(f"rl_step.{s}.grpo", "TRL GRPO"): 2.5 for s in "AB"},
     **{(f"rl_step.{s}.tunix", "Tunix GRPO"): 3.0 for s in "AB"},
+    ("generation.A.spread", PADDED): 2.5,
     ("rl_step.A.spread", "TRL RLOO"): 8.0,
     **{(f"pretraining.{s}.float32", "torch, eager"): 1.0 for s in "AB"},
 }
@@ -92,7 +96,7 @@ def contenders(race: Race, pythons: Mapping[str, Path]) -> list[Contender]:
     ours = Contender(OURS, own_python(), "ours.py", race.ours)
     environments = {"peer_torch.py": TORCH}
     peers = [
-        Contender(name, str(pythons[script]), script, case, environments.get(script, {}))
+        Contender(name, str(pythons.get(script, own_python())), script, case, environments.get(script, {}))
         for name, (script, case) in race.peers.items()
     ]
     return [ours, *peers]

@@ -138,7 +138,7 @@ def to_rows(values: Array, rows: Rows) -> Array:
 
 @jax.custom_vjp
 def from_rows(values: Array, rows: Rows, mask: Array) -> Array:
-    """Back to completion tokens; 0 where the mask [B, C] is false. [R, W, ...] -> [B, C, ...].
+    """Back to completion tokens; 0 where their mask [B, C], which was packed, is false. [R, W, ...] -> [B, C, ...].
 
     Its gradient is `to_rows`, a gather, where that of a gather would be a scatter, which is slow.
     """

@@ -145,7 +145,7 @@ def generate_in_slots(
     stages = [slots]
     while not sampling.ignore_eos and sampling.eos and stages[-1] >= SHRINK * FEWEST:
         stages.append(stages[-1] // SHRINK)
-    steps = max(length - 1, 1) * (1 if slots == rows else -(-rows // slots) + 1)
+    steps = max(length - 1, 1) * -(-rows // slots)  # as many as where no completion ends early
     none = jnp.zeros(slots, jnp.int32)
     carry = _Slots(
         step=jnp.int32(0),

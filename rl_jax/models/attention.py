@@ -1,4 +1,4 @@
-"""Attention as training needs it. Letters: B sequences, S queries, T columns, H heads, J key-value heads, K head size."""
+"""Attention as training needs it. Letters: B sequences, S queries, T columns, H heads, J key-value heads, K size."""
 
 import jax
 import jax.numpy as jnp
