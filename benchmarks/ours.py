@@ -33,6 +33,7 @@ from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
 Family = Literal["gpt2", "llama"]
 Changes = Mapping[str, int] | None
 BETAS = (0.9, 0.95)
+MICROBATCHES = 8  # of pretraining: 512 tokens at once fit the caches of a CPU, and their logits need no second pass
 
 
 def work_of(shape: str, spread: bool, changes: Changes = None) -> Work:
@@ -208,7 +209,7 @@ def pretrain(shape: str, dtype: Any = "float32", compiled: bool = True, family: 
     optimizer = make_optimizer(6e-4, 0.1, 1.0, BETAS)
 
     def update(state: TrainState, tokens: Array) -> tuple[TrainState, Metrics]:
-        grads, metrics = pretrain_gradient(state.params, tokens, config)
+        grads, metrics = pretrain_gradient(state.params, tokens, config, MICROBATCHES)
         state, applied = apply_gradients(state, grads, optimizer)
         return state, metrics | applied
 

@@ -20,7 +20,7 @@ from rl_jax.sampling import Sampling
 from rl_jax.types import Array, PyTree, Rollout
 
 SHRINK = 4  # the batch becomes so many times smaller when no more slots than that are at work
-FEWEST = 8  # slots that it is worth compiling a smaller batch for
+FEWEST = 4  # slots that it is worth compiling a smaller batch for
 
 
 class _Slots(NamedTuple):

@@ -130,6 +130,9 @@ def _look_back(
         columns_ago = (column - block * width - jnp.arange(width)) % (count * width)
         return _look(grouped, keys, values, columns_ago[None, :] < ages[:, None])
 
+    def as_float32(x: Array) -> Array:
+        return x.astype(jnp.float32)  # a block is copied anyway, and batched bfloat16 products are slow on a CPU
+
     def look_at_filled() -> _Seen:
         longest = jnp.max(ages)
         first = (step - longest + 1) // width
@@ -137,10 +140,10 @@ def _look_back(
 
         def add(number: Array, seen: _Seen) -> _Seen:
             block = (first + number) % count
-            keys, values = (jax.lax.dynamic_index_in_dim(x, block, keepdims=False) for x in blocks)
+            keys, values = (as_float32(jax.lax.dynamic_index_in_dim(x, block, keepdims=False)) for x in blocks)
             return _merge(seen, look_at(block, keys, values))
 
-        return jax.lax.fori_loop(0, filled, add, _look(grouped, *prompt, prompt_mask))
+        return jax.lax.fori_loop(0, filled, add, _look(grouped, *map(as_float32, prompt), prompt_mask))
 
     def look_at_all() -> _Seen:
         seen = [look_at(block, blocks[0][block], blocks[1][block]) for block in range(count)]
@@ -154,6 +157,7 @@ def _look_back(
 
 def _look(query: Array, keys: Array, values: Array, mask: Array) -> _Seen:
     """Attention to some columns. [S, J, G, K], [S, J, W, K], [S, J, W, K], [S, W]."""
+    query = query.astype(keys.dtype)
     scores = jnp.einsum("sjgk,sjwk->sjgw", query, keys, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
     highest = jnp.max(scores, axis=-1)
