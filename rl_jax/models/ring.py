@@ -143,7 +143,8 @@ def _look_back(
             keys, values = (as_float32(jax.lax.dynamic_index_in_dim(x, block, keepdims=False)) for x in blocks)
             return _merge(seen, look_at(block, keys, values))
 
-        return jax.lax.fori_loop(0, filled, add, _look(grouped, *map(as_float32, prompt), prompt_mask))
+        first_seen = _look(grouped, as_float32(prompt[0]), as_float32(prompt[1]), prompt_mask)
+        return jax.lax.fori_loop(0, filled, add, first_seen)
 
     def look_at_all() -> _Seen:
         seen = [look_at(block, blocks[0][block], blocks[1][block]) for block in range(count)]
