@@ -32,7 +32,10 @@ class Reference(NamedTuple):
 
 
 def completion_states(params: PyTree, rollout: Rollout, config: TransformerConfig) -> Array:
-    """The states that predict each completion token. The shift by one is here and nowhere else. [B, C, D]."""
+    """The states that predict each completion token. [B, C, D].
+
+    The shift by one is here, for packed rows in `packing.pack`, and nowhere else.
+    """
     tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)[:, :-1]
     mask = jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)[:, :-1]
     return hidden_states(params, tokens, mask, config)[:, rollout.prompts.shape[1] - 1 :]
