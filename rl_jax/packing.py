@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_jax.microbatch import Part
+from rl_jax.run.spmd import traced_once
 from rl_jax.types import Array, PyTree, Rollout
 
 
@@ -179,6 +180,7 @@ def sum_over_rows(fn: Part, batch: PyTree, packing: Packing) -> tuple[PyTree, Py
     row = _place(*_measure(rollout), packing.width).row
     parts = jnp.max(row) // packing.rows + 1
 
+    @traced_once  # for the shapes, and in the loop
     def make_part(number: Array) -> tuple[PyTree, PyTree]:
         mask = rollout.completion_mask & (row // packing.rows == number)[:, None]
 

@@ -73,12 +73,16 @@ def token_scores(
 
     def score(chunk: tuple[Array, Array, Array | None]) -> Scores:
         states, tokens, ref_states = chunk
-        scores = logits(params, states, config)
+        # [B C, V]: XLA on CPU shares work among threads along the first axis alone.
+        scores = logits(params, states, config).reshape(-1, config.vocab_size)
         tempered = warp_logits(scores, untruncated(sampling))
-        kl = jnp.zeros(tokens.shape)
+        kl = jnp.zeros(tokens.size)
         if ref_states is not None:
-            kl = exact_kl(tempered, warp_logits(logits(ref_params, ref_states, config), untruncated(sampling)))
-        return Scores(token_logprobs(warp_logits(scores, sampling, tokens), tokens), entropy(tempered), kl)
+            ref_scores = logits(ref_params, ref_states, config).reshape(scores.shape)
+            kl = exact_kl(tempered, warp_logits(ref_scores, untruncated(sampling)))
+        flat = tokens.reshape(-1)
+        scored = Scores(token_logprobs(warp_logits(scores, sampling, flat), flat), entropy(tempered), kl)
+        return jax.tree.map(lambda x: x.reshape(tokens.shape), scored)
 
     batch = (states, tokens, ref_states)
     if width == columns:

@@ -6,6 +6,7 @@ J key-value heads, K head size, V vocabulary.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +18,8 @@ from jax.tree_util import Partial
 
 from rl_jax.errors import InputError
 from rl_jax.models.attention import attend
+from rl_jax.models.dense import project
+from rl_jax.run.spmd import traced_once
 from rl_jax.types import Array, PyTree
 
 INIT_STD = 0.02  # GPT-2's; residual projections divide it by sqrt(2 layers)
@@ -114,9 +117,13 @@ class Cache(NamedTuple):
     mask: Array
 
 
+def _project(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    return project(x, kernel)  # Linen also gives the dimensions, which are always these
+
+
 def _dense(config: TransformerConfig, features: int, name: str, bias: bool, std: float = INIT_STD) -> nn.Dense:
     init = nn.initializers.normal(std)
-    return nn.Dense(features, use_bias=bias, dtype=config.dtype, kernel_init=init, name=name)
+    return nn.Dense(features, bias, config.dtype, kernel_init=init, dot_general=_project, name=name)
 
 
 def _norm(config: TransformerConfig, name: str) -> nn.Module:
@@ -165,7 +172,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, positions: Array, look: Look) -> tuple[Array, Any]:
         c = self.config
-        b, s, _ = x.shape
+        b, s = positions.shape
         heads = {"query": c.heads, "key": c.kv_heads, "value": c.kv_heads}
         query, key, value = (
             _dense(c, n * c.head_size, name, c.qkv_bias)(x).reshape(b, s, n, c.head_size) for name, n in heads.items()
@@ -177,7 +184,7 @@ class Attention(nn.Module):
             query, key = rotate(query, positions, c.rope_theta), rotate(key, positions, c.rope_theta)
         seen, kept = look(query, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
         out = _dense(c, c.width, "out", c.bias, INIT_STD / (2 * c.layers) ** 0.5)
-        return out(seen.reshape(b, s, c.heads * c.head_size)), kept
+        return out(seen.reshape(b * s, c.heads * c.head_size)), kept
 
 
 class Mlp(nn.Module):
@@ -229,13 +236,14 @@ class Transformer(nn.Module):
         x = self.embedding(tokens).astype(c.dtype)
         if c.positions == "learned":
             x = x + self.position_embedding(positions).astype(c.dtype)
+        x = x.reshape(-1, c.width)  # [B S, D]: XLA on CPU shares work among threads along the first axis alone
         kept = []
         for block, look in zip(self.blocks, looks, strict=True):
             x, remembered = block(x, positions, look)
             kept.append(remembered)
         if self.is_initializing() and not c.tied:
             self.output(x)
-        return self.final_norm(x).astype(c.dtype), tuple(kept)
+        return self.final_norm(x).astype(c.dtype).reshape(*tokens.shape, c.width), tuple(kept)
 
     def unembed(self, states: Array) -> Array:
         """Logits [..., V] of states [..., D], float32."""
@@ -367,6 +375,7 @@ def decode_step(
     return states, Cache(keys, values, cache.mask)
 
 
+@functools.partial(traced_once, static=("config",))
 def _apply(
     params: PyTree, config: TransformerConfig, tokens: Array, positions: Array, looks: Sequence[Look]
 ) -> tuple[Array, tuple[Any, ...]]:

@@ -90,6 +90,16 @@ def each_device(
     return jax.shard_map(local, mesh=mesh, in_specs=next(specs), out_specs=next(specs), check_vma=False)
 
 
+def traced_once(fn: Callable[..., Any], static: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """`fn`, to be called inside what `pmapped` compiles: traced once for all calls with arguments of the same shapes.
+
+    Args:
+        fn: takes pytrees of arrays.
+        static: names of the arguments that are not, and that can be hashed.
+    """
+    return jax.jit(fn, static_argnames=static)
+
+
 def put(tree: PyTree, mesh: Mesh, axes: PyTree = None) -> PyTree:
     """Copies `tree` to the devices, laid out as `pmapped` wants an argument whose entry in `in_axes` is `axes`.
 
