@@ -15,7 +15,7 @@ from rl_jax.models.transformer import TransformerConfig
 from rl_jax.reinforce.advantages import zero_signal_groups
 from rl_jax.rewards.compose import Reward
 from rl_jax.rollout import refill_groups
-from rl_jax.run.spmd import make_mesh, pmapped, put
+from rl_jax.run.spmd import AS_IT_IS, make_mesh, pmapped, put
 from rl_jax.sampling import Sampling, most_likely
 from rl_jax.types import Array, Metrics, PyTree, Rollout
 
@@ -88,7 +88,7 @@ def make_collect(
         seed: of prompts and completions.
     """
     mesh = make_mesh()
-    mapped_sample = pmapped(sample, mesh, (None, None, None, 0, 0), 0)
+    mapped_sample = pmapped(sample, mesh, (AS_IT_IS, AS_IT_IS, None, 0, 0), 0)
 
     def refill(batch: Collected, fresh: Collected) -> Collected:
         wanting, unusable = (zero_signal_groups(part.sampled.rewards, group_size) for part in (batch, fresh))

@@ -15,11 +15,12 @@ from rl_jax.data.tokenizer import token_pieces
 from rl_jax.evaluation import distinct_n, mean_interval, win_rate
 from rl_jax.keys import Purpose, step_key
 from rl_jax.models.huggingface import Policy
+from rl_jax.models.layout import put_model
 from rl_jax.reinforce.advantages import leave_one_out_advantages
 from rl_jax.reinforce.gradient import Scores
 from rl_jax.rewards.compose import Reward
 from rl_jax.rollout import generate
-from rl_jax.run.spmd import make_mesh, pmapped, put
+from rl_jax.run.spmd import AS_IT_IS, make_mesh, pmapped
 from rl_jax.sampling import Sampling, untruncated
 from rl_jax.scoring import Reference, completion_logprobs, completion_states, score_completions
 from rl_jax.types import Array, PyTree, Rollout
@@ -94,9 +95,9 @@ def compare(
         ref_nats = -jnp.sum(completion_logprobs(ref, rollout, config, plain), axis=1)
         return rollout, scores, completion_logprobs(ref, rollout, config, tempered), ref_nats
 
-    mapped_measure = pmapped(measure, mesh, (None, None, None, None, 0, 0, 0), 0)
+    mapped_measure = pmapped(measure, mesh, (AS_IT_IS, AS_IT_IS, AS_IT_IS, None, 0, 0, 0), 0)
     judges = [make_judge(each, pretrained.tokenizer) for each in (reward, gold) if each is not None]
-    params = {"before": put(pretrained.params, mesh), "after": put(tuned.params, mesh)}
+    params = {"before": put_model(pretrained.params, mesh), "after": put_model(tuned.params, mesh)}
     keys = {side: step_key(seed, Purpose.EVALUATE, number) for number, side in enumerate(params)}
 
     def complete(side: str) -> Side:

@@ -12,9 +12,10 @@ from experiments.judge import JudgeFn
 from experiments.mapped import make_generate
 from rl_jax.data.prompts import decode_completions
 from rl_jax.models.huggingface import Policy
+from rl_jax.models.layout import put_model
 from rl_jax.models.transformer import TransformerConfig
 from rl_jax.run.progress import show_progress
-from rl_jax.run.spmd import make_mesh, pmapped, put
+from rl_jax.run.spmd import AS_IT_IS, batch_parts, make_mesh, pmapped
 from rl_jax.sampling import Sampling, untruncated
 from rl_jax.scoring import Reference, completion_logprobs, completion_states, score_completions
 from rl_jax.types import Array, PyTree, Rollout
@@ -65,7 +66,7 @@ def make_block_sampler(config: TransformerConfig, sampling: Sampling, compared: 
         log_ratio = scores.logprobs - completion_logprobs(ref, rollout, config, tempered)
         return rollout, jnp.sum(scores.kl, axis=1), jnp.sum(log_ratio, axis=1)
 
-    return pmapped(sample, mesh, (None, None, None, 0, 0, 0), 0)
+    return pmapped(sample, mesh, (AS_IT_IS, AS_IT_IS, None, 0, 0, 0), 0)
 
 
 def in_blocks(fn: Callable[[np.ndarray, Any], PyTree], batch: PyTree, size: int, stage: str) -> PyTree:
@@ -80,7 +81,7 @@ def in_blocks(fn: Callable[[np.ndarray, Any], PyTree], batch: PyTree, size: int,
     Returns:
         NumPy arrays [N * G, ...].
     """
-    devices, count = jax.device_count(), len(jax.tree.leaves(batch)[0])
+    devices, count = batch_parts(make_mesh()), len(jax.tree.leaves(batch)[0])
     size = max(min(size, count) // devices, 1) * devices
     starts, parts = range(0, count, size), []
     with show_progress(stage, 0, len(starts)) as progress:
@@ -115,7 +116,7 @@ def complete(
     """
     mesh, shape = make_mesh(), (len(prompts[0]), sampling.group_size)
     sample = make_block_sampler(policy.config, sampling, reference is not None)
-    params, ref_params = (put(model.params, mesh) if model else () for model in (policy, reference))
+    params, ref_params = (put_model(model.params, mesh) if model else () for model in (policy, reference))
 
     def block(index: np.ndarray, prompts: tuple[np.ndarray, np.ndarray]) -> PyTree:
         rollout, *divergences = sample(params, ref_params, key, index, *prompts)

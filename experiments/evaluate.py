@@ -22,9 +22,10 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
 from experiments.complete import Sampled, alike, complete
 from experiments.evaluate_figures import draw_policies
@@ -51,6 +52,7 @@ from rl_jax.rewards.compose import SETTINGS, RewardConfig, import_function, make
 from rl_jax.rewards.text import score_texts
 from rl_jax.run.folder import check_run
 from rl_jax.run.loop import run_main
+from rl_jax.run.machine import Machine
 from rl_jax.run.tables import open_results, write_table
 from rl_jax.sampling import Sampling
 
@@ -99,6 +101,7 @@ class Config:
     """What activations are computed in."""
     seed: int = 0
     """Seed of the completions."""
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
 
 
 def read_prompts(config: Config, tokenizer: Any) -> list[str]:

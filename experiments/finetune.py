@@ -24,13 +24,15 @@ from rl_jax.errors import InputError
 from rl_jax.keys import check_seed
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
+from rl_jax.models.layout import model_axes, put_model
 from rl_jax.pretraining import completion_nats, finetune_gradient
 from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
 from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.loop import run_main, train
+from rl_jax.run.machine import Machine
 from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
-from rl_jax.run.spmd import make_mesh, pmapped, put
+from rl_jax.run.spmd import AS_IT_IS, make_mesh, pmapped
 from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, TrainState
 
 CURVE_ROWS = 256  # held-out rows behind a point of the curve; the summary has them all
@@ -80,6 +82,7 @@ class Config:
     """Recompute blocks in the backward pass: less memory, more time."""
     seed: int = 0
     """Seed of the order of the rows; those held out are the same for all seeds."""
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
 
 
 class Demonstrations(NamedTuple):
@@ -141,8 +144,10 @@ def finetune(
     def finetune_evaluate(params: PyTree, batch: PreferenceBatch) -> Array:
         return completion_nats(params, batch, config)
 
-    mapped_update = pmapped(finetune_update, mesh, (None, 0), (None, None), donate=(0,))
-    mapped_evaluate = pmapped(finetune_evaluate, mesh, (None, 0), None)
+    params = put_model(policy.params, mesh)
+    state = put_model(init_state(params, optimizer, kl_coefficient=0.0), mesh)
+    mapped_update = pmapped(finetune_update, mesh, (AS_IT_IS, 0), (model_axes(state, mesh), None), donate=(0,))
+    mapped_evaluate = pmapped(finetune_evaluate, mesh, (AS_IT_IS, 0), None)
 
     def held_out_loss(params: PyTree, part: PreferenceBatch) -> Array:
         """Nats a completion token."""
@@ -157,9 +162,7 @@ def finetune(
             metrics["held_out_loss"] = held_out_loss(state.params, curve)
         return state, metrics
 
-    params = put(policy.params, mesh)
     before = float(held_out_loss(params, rows.held_out))
-    state = put(init_state(params, optimizer, kl_coefficient=0.0), mesh)
     identity = dataclasses.asdict(settings) | {"model": dataclasses.asdict(config), "seed": seed}
     checkpoints = open_checkpoints(run / "checkpoints/finetune", identity | {"rows": len(rows.train.prompts)})
     state = restore_checkpoint(checkpoints, state) or state

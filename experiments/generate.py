@@ -9,9 +9,10 @@ Without prompts it asks for them, one after another.
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.text import Text
 
@@ -19,9 +20,11 @@ from rl_jax.data.prompts import decode_completions, encode_prompts
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.models.huggingface import load_policy
+from rl_jax.models.layout import put_model
 from rl_jax.rollout import generate
 from rl_jax.run.loop import run_main
-from rl_jax.run.spmd import make_mesh, pmapped, put
+from rl_jax.run.machine import Machine
+from rl_jax.run.spmd import AS_IT_IS, make_mesh, pmapped
 from rl_jax.sampling import Sampling
 from rl_jax.types import Array, PyTree, Rollout
 
@@ -52,6 +55,7 @@ class Config:
     """What activations are computed in."""
     seed: int = 0
     """Seed of the samples; prompts typed one after another get new ones."""
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
 
 
 def main(config: Config) -> None:
@@ -76,12 +80,12 @@ def main(config: Config) -> None:
             f"A completion of {config.length} tokens leaves no room for a prompt in a context of "
             f"{policy.config.context}: give a shorter length."
         )
-    params = put(policy.params, mesh)
+    params = put_model(policy.params, mesh)
 
     def sample(params: PyTree, key: Array, prompts: Array, mask: Array) -> Rollout:
         return generate(params, key, prompts, mask, policy.config, sampling)
 
-    sample_on_device = pmapped(sample, mesh, (None, None, None, None), None)
+    sample_on_device = pmapped(sample, mesh, (AS_IT_IS, None, None, None), None)
 
     def complete(texts: tuple[str, ...], turn: int) -> None:
         prompts, mask = encode_prompts(tokenizer, texts, policy.config.context, config.length)

@@ -13,7 +13,7 @@ from rl_jax.models.reward_model import RewardModel, candidates_rollout, ensemble
 from rl_jax.preferences.diagnostics import pair_diagnostics, ranking_diagnostics, rating_diagnostics
 from rl_jax.preferences.learning import concordance
 from rl_jax.rewards.compose import RewardConfig, make_reward
-from rl_jax.run.spmd import make_mesh, pmapped
+from rl_jax.run.spmd import AS_IT_IS, make_mesh, pmapped
 from rl_jax.sign_check import check_preferred
 from rl_jax.types import Array, PreferenceBatch, Rollout
 
@@ -22,7 +22,7 @@ CHECKED = 256  # held-out pairs that must show which way the reward points
 
 def judge_all(model: RewardModel, rollout: Rollout) -> np.ndarray:
     """The rewards of every member, of completions that there are. [K, B]."""
-    judge = pmapped(partial(ensemble_rewards, config=model.config), make_mesh(), (None, 0), 1)
+    judge = pmapped(partial(ensemble_rewards, config=model.config), make_mesh(), (AS_IT_IS, 0), 1)
 
     def block(index: np.ndarray, part: Rollout) -> Array:
         return judge(model.params, part).T

@@ -12,9 +12,10 @@ a script of its own.
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
 from experiments.compare import compare
 from experiments.finetune import Demonstrations, Finetuning, finetune, load_demonstrations
@@ -41,6 +42,7 @@ from rl_jax.models.transformer import TransformerConfig
 from rl_jax.rewards.compose import Reward, RewardConfig, make_reward
 from rl_jax.run.folder import check_run, open_run, write_json
 from rl_jax.run.loop import run_main
+from rl_jax.run.machine import Machine
 from rl_jax.run.metrics import open_metrics
 from rl_jax.run.results import report_if_stopped, timed, write_results
 
@@ -57,6 +59,7 @@ class Config:
     """bbe (Bible in Basic English), sotu or chitchat; or a .txt, .jsonl or .parquet file, or a folder of them."""
     seed: int = 0
     """Seed of everything random but the held-out passages, which are the same for all seeds."""
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
     pretrain: Pretraining = Pretraining()
     demonstrations: Path | None = None
     """Prompts with completions to fine-tune on after pretraining, as for finetune.py; none skips it."""

@@ -26,14 +26,16 @@ from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
 from rl_jax.models.huggingface import Policy, save_policy
+from rl_jax.models.layout import model_axes, put_model
 from rl_jax.models.transformer import TransformerConfig, gpt2, init_params, llama
 from rl_jax.pretraining import held_out_nats, pretrain_gradient
 from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
 from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.loop import run_main, train
+from rl_jax.run.machine import Machine
 from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
-from rl_jax.run.spmd import make_mesh, pmapped, put
+from rl_jax.run.spmd import AS_IT_IS, batch_parts, make_mesh, pmapped
 from rl_jax.types import Array, Metrics, PyTree, TrainState
 
 HELD_OUT = 0.1  # share of the passages that pretraining never sees; RL takes its prompts from them
@@ -96,6 +98,7 @@ class Config:
     """bbe (Bible in Basic English), sotu or chitchat; or a .txt, .jsonl or .parquet file, or a folder of them."""
     seed: int = 0
     """Seed of everything random but the held-out passages, which are the same for all seeds."""
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
 
 
 class Text(NamedTuple):
@@ -149,10 +152,10 @@ def check_counts(counts: dict[str, int]) -> None:
 
 def check_batch(batch_size: int, microbatches: int) -> None:
     """Raise InputError for a batch that does not divide evenly."""
-    if batch_size % (microbatches * jax.device_count()):
+    parts = batch_parts(make_mesh())
+    if batch_size % (microbatches * parts):
         raise InputError(
-            f"A batch_size of {batch_size} does not divide into {microbatches} microbatches over "
-            f"{jax.device_count()} devices."
+            f"A batch_size of {batch_size} does not divide into {microbatches} microbatches over {parts} devices."
         )
 
 
@@ -188,8 +191,10 @@ def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: Me
     def evaluate(params: PyTree, tokens: Array, mask: Array) -> Array:
         return held_out_nats(params, tokens, mask, config)
 
-    mapped_update = pmapped(update, mesh, (None, 0), (None, None), donate=(0,))
-    mapped_evaluate = pmapped(evaluate, mesh, (None, 0, 0), None)
+    params = init_params(step_key(seed, Purpose.INIT), config)
+    state = put_model(init_state(params, optimizer, kl_coefficient=0.0), mesh)
+    mapped_update = pmapped(update, mesh, (AS_IT_IS, 0), (model_axes(state, mesh), None), donate=(0,))
+    mapped_evaluate = pmapped(evaluate, mesh, (AS_IT_IS, 0, 0), None)
 
     def held_out() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         return held_out_batches(text.held_out_tokens, settings.batch_size, settings.context)
@@ -204,7 +209,6 @@ def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: Me
             metrics["held_out_loss"] = nats / sum(mask.sum() for _, mask in curve)
         return state, metrics
 
-    state = put(init_state(init_params(step_key(seed, Purpose.INIT), config), optimizer, kl_coefficient=0.0), mesh)
     checkpoints = open_checkpoints(run / "checkpoints/pretrain", dataclasses.asdict(settings))
     state = restore_checkpoint(checkpoints, state) or state
     state = train(

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -36,6 +35,7 @@ from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.learner import init_state, make_optimizer, policy_gradient_update
 from rl_jax.microbatch import sum_over_whole
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
+from rl_jax.models.layout import model_axes, put_model
 from rl_jax.models.transformer import TransformerConfig, add_value_head
 from rl_jax.reinforce.estimators import ESTIMATORS
 from rl_jax.rewards.compose import Reward, RewardConfig, make_reward
@@ -44,9 +44,10 @@ from rl_jax.rollout import check_lengths
 from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint, save_checkpoint
 from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.loop import run_main, train
+from rl_jax.run.machine import Machine
 from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
-from rl_jax.run.spmd import make_mesh, pmapped, put
+from rl_jax.run.spmd import AS_IT_IS, batch_parts, make_mesh, pmapped
 from rl_jax.sampling import Sampling
 from rl_jax.scoring import make_score_fn
 from rl_jax.sign_check import check_signs
@@ -119,6 +120,7 @@ class Config:
     """Recompute blocks in the backward pass: less memory, more time."""
     seed: int = 0
     """Seed of everything random but the held-out passages, which are the same for all seeds."""
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
 
 
 class Prompts(NamedTuple):
@@ -167,13 +169,14 @@ def check(
     if settings.temperature == 0:
         raise InputError("A policy learns from sampled completions: give a temperature above 0.")
     estimator = chosen_estimator(settings.estimator, settings.options, settings.group_size)
-    if settings.prompts * settings.group_size % (estimator.minibatches * jax.device_count()):
+    parts = batch_parts(make_mesh())
+    if settings.prompts * settings.group_size % (estimator.minibatches * parts):
         raise InputError(
             f"{settings.prompts} prompts x {settings.group_size} completions do not divide into "
-            f"{estimator.minibatches} minibatches over {jax.device_count()} devices."
+            f"{estimator.minibatches} minibatches over {parts} devices."
         )
-    if settings.prompts % jax.device_count():
-        raise InputError(f"prompts is {settings.prompts}, which does not divide over {jax.device_count()} devices.")
+    if settings.prompts % parts:
+        raise InputError(f"prompts is {settings.prompts}, which does not divide over {parts} devices.")
     completions = settings.prompts * settings.group_size
     if estimator.kl_target is not None and estimator.kl_horizon <= completions / 5:
         raise InputError(
@@ -272,7 +275,7 @@ def reinforce(
     def learn_and_measure(
         state: TrainState, ref_params: PyTree, key: Array, collected: Collected
     ) -> tuple[TrainState, Metrics]:
-        return learn(state, ref_params, key, collected, noise_at_once=mesh.size)
+        return learn(state, ref_params, key, collected, noise_at_once=batch_parts(mesh))
 
     def sample_and_learn(
         state: TrainState, ref_params: PyTree, reward_params: PyTree, keys: Array, prompts: Array, mask: Array
@@ -280,10 +283,15 @@ def reinforce(
         collected = sample(state.params, reward_params, keys[0], prompts, mask)
         return *learn(state, ref_params, keys[1], collected), collected.sampled.rollout
 
+    params = add_value_head(policy.params, config) if estimator.critic else policy.params
+    state = put_model(init_state(params, optimizer, estimator.options.get("kl_coefficient", 0.0)), mesh)
+    axes = model_axes(state, mesh)
     mapped_learn, mapped_measure = (
-        pmapped(fn, mesh, (None, None, None, 0), (None, None), donate=(0,)) for fn in (learn, learn_and_measure)
+        pmapped(fn, mesh, (AS_IT_IS, AS_IT_IS, None, 0), (axes, None), donate=(0,)) for fn in (learn, learn_and_measure)
     )
-    mapped_step = pmapped(sample_and_learn, mesh, (None, None, None, None, 0, 0), (None, None, 0), donate=(0,))
+    mapped_step = pmapped(
+        sample_and_learn, mesh, (AS_IT_IS, AS_IT_IS, AS_IT_IS, None, 0, 0), (axes, None, 0), donate=(0,)
+    )
     collect = make_collect(
         sample,
         prompts.train,
@@ -294,7 +302,7 @@ def reinforce(
         rounds=estimator.sampling_rounds,
         seed=seed,
     )
-    ref_params, reward_params = put(policy.params, mesh), {1: put(reward.params, mesh)}
+    ref_params, reward_params = put_model(policy.params, mesh), {1: put_model(reward.params, mesh)}
     gold_metrics = None
     if gold is not None:
         judges = {"reward": make_judge(reward, tokenizer), "gold": make_judge(gold, tokenizer)}
@@ -307,7 +315,7 @@ def reinforce(
         if learn_reward is not None and current not in reward_params:
             save_checkpoint(checkpoints, state)  # learning takes a while, and may be stopped
             reward_params.clear()
-            reward_params[current] = put(learn_reward(state.params, current), mesh)
+            reward_params[current] = put_model(learn_reward(state.params, current), mesh)
         return reward_params[current]
 
     def step(state: TrainState, number: int) -> tuple[TrainState, Mapping[str, Any]]:
@@ -324,8 +332,6 @@ def reinforce(
             metrics |= selection
         return state, metrics | (gold_metrics(rollout, metrics["reward"]) if gold_metrics else {})
 
-    params = add_value_head(policy.params, config) if estimator.critic else policy.params
-    state = put(init_state(params, optimizer, estimator.options.get("kl_coefficient", 0.0)), mesh)
     identity = dataclasses.asdict(settings) | {"model": dataclasses.asdict(config), "reward": reward.name, "seed": seed}
     checkpoints = open_checkpoints(run / "checkpoints/rl", identity)
     state = restore_checkpoint(checkpoints, state) or state

@@ -30,6 +30,7 @@ from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.learner import make_optimizer
 from rl_jax.models.huggingface import Policy, load_policy
+from rl_jax.models.layout import model_axes, put_model
 from rl_jax.models.reward_model import (
     RewardModel,
     candidate_rewards,
@@ -45,9 +46,10 @@ from rl_jax.preferences.losses import bradley_terry_loss, centring_penalty, plac
 from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
 from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.loop import run_main, train
+from rl_jax.run.machine import Machine
 from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
-from rl_jax.run.spmd import make_mesh, pmapped, put
+from rl_jax.run.spmd import AS_IT_IS, make_mesh, pmapped
 from rl_jax.sampling import Sampling
 from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, Rollout, TrainState
 
@@ -119,6 +121,7 @@ class Config:
     """What activations are computed in; parameters are float32."""
     seed: int = 0
     """Seed of everything random but the held-out judgements, which are the same for all seeds."""
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
 
 
 def check(settings: Learning, config: TransformerConfig, kind: Kind, rows: int, seed: int) -> None:
@@ -195,8 +198,11 @@ def fit(
         rewards = jax.vmap(lambda member: candidate_rewards(member, batch, config))(params)
         return rewards, jax.vmap(lambda each: loss_fn(each, batch))(rewards)
 
-    mapped_update = pmapped(update, mesh, (None, 1), (None, None), donate=(0,))
-    mapped_evaluate = pmapped(evaluate, mesh, (None, 0), (1, 1))
+    keys = jax.vmap(partial(step_key, seed, Purpose.HEAD))(jnp.arange(len(parts)))
+    params = jax.vmap(lambda key: init_reward_params(key, backbone, config))(keys)
+    state = put_model(init_ensemble_state(params, optimizer), mesh)
+    mapped_update = pmapped(update, mesh, (AS_IT_IS, 1), (model_axes(state, mesh), None), donate=(0,))
+    mapped_evaluate = pmapped(evaluate, mesh, (AS_IT_IS, 0), (1, 1))
 
     def measure(params: PyTree, data: PreferenceBatch) -> tuple[np.ndarray, np.ndarray]:
         found = [mapped_evaluate(params, batch) for batch in padded_batches(data, settings.batch_size)]
@@ -212,9 +218,6 @@ def fit(
             metrics |= held_out_metrics(*measure(state.params, curve), curve)
         return state, metrics
 
-    keys = jax.vmap(partial(step_key, seed, Purpose.HEAD))(jnp.arange(len(parts)))
-    params = jax.vmap(lambda key: init_reward_params(key, backbone, config))(keys)
-    state = put(init_ensemble_state(params, optimizer), mesh)
     identity = dataclasses.asdict(settings) | {"model": dataclasses.asdict(config), "seed": seed}
     checkpoints = open_checkpoints(run / "checkpoints" / stage, identity | {"rows": [len(x.labels) for x in parts]})
     state = restore_checkpoint(checkpoints, state) or state

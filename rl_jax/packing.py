@@ -8,6 +8,7 @@ Letters: B sequences, P prompt length, C completion length, R rows, W columns of
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -44,12 +45,15 @@ class Packing(NamedTuple):
     """How an update is packed.
 
     Attributes:
-        rows: R, of a part of it.
+        rows: R, of a part of it, in each group.
         width: W, columns of a row.
+        groups: neighbouring parts of the batch that are packed each by itself, as many as the devices that it is laid
+            over, where these keep in step.
     """
 
     rows: int
     width: int
+    groups: int = 1
 
 
 class _Places(NamedTuple):
@@ -92,7 +96,7 @@ def pack(rollout: Rollout, packing: Packing) -> Rows:
         rollout: B sequences, some of which may be empty, that need no more rows than there are.
         packing: rows and their width, at least P - 1 + C.
     """
-    rows, width = packing
+    rows, width = packing.rows, packing.width
     prompt_length, length = rollout.prompts.shape[1], rollout.completions.shape[1]
     numbers, prompts, lengths = _measure(rollout)
     places = _place(numbers, prompts, lengths, width)
@@ -129,6 +133,19 @@ def pack(rollout: Rollout, packing: Packing) -> Rows:
         predicts=predicts.reshape(shape),
         cells=jnp.clip(cells, 0, rows * width - 1),
     )
+
+
+def by_group(fn: Callable[..., PyTree], groups: int) -> Callable[..., PyTree]:
+    """`fn` of neighbouring parts of its arguments, each by itself: their first axes, and those of what it returns, are
+    cut into so many parts."""
+    if groups == 1:
+        return fn
+
+    def by_part(*args: PyTree) -> PyTree:
+        parts = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), args)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.vmap(fn)(*parts))
+
+    return by_part
 
 
 def to_rows(values: Array, rows: Rows) -> Array:
@@ -177,7 +194,7 @@ def sum_over_rows(fn: Part, batch: PyTree, packing: Packing) -> tuple[PyTree, Py
         return isinstance(x, Rollout)
 
     rollout = next(filter(is_rollout, jax.tree.leaves(batch, is_leaf=is_rollout)))
-    row = _place(*_measure(rollout), packing.width).row
+    row = by_group(lambda part: _place(*_measure(part), packing.width).row, packing.groups)(rollout)
     parts = jnp.max(row) // packing.rows + 1
 
     @traced_once  # for the shapes, and in the loop

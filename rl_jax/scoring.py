@@ -3,6 +3,8 @@
 Letters: B sequences, C completion length, D width, V vocabulary, T columns.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -10,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_jax.models.transformer import TransformerConfig, hidden_states, logits, seen_states, values
-from rl_jax.packing import Packing, from_rows, pack, sum_over_rows, to_rows
+from rl_jax.packing import Packing, Rows, by_group, from_rows, pack, sum_over_rows, to_rows
 from rl_jax.reinforce.distributions import entropy, exact_kl, token_logprobs
 from rl_jax.reinforce.gradient import ScoreFn, Scores
 from rl_jax.sampling import Sampling, untruncated, warp_logits
@@ -158,13 +160,12 @@ def score_packed(
     reference: Reference | None = None,
 ) -> Scores:
     """`score_completions` without the padding: what it says of sequences that fit into one part of the packing."""
-    rows = pack(rollout, packing)
+    rows, pack_more, unpack = _pack(rollout, packing)
     states = seen_states(params, rows.tokens, rows.positions, rows.seen, config)
     if reference is not None:
-        reference = reference._replace(states=to_rows(reference.states, rows))
-    scores = token_scores(params, states, to_rows(rollout.completions, rows), config, sampling, reference)
-    scores = scores._replace(values=values(params, states))
-    return jax.tree.map(lambda x: from_rows(x, rows, rollout.completion_mask), scores)
+        reference = reference._replace(states=pack_more(reference.states))
+    scores = token_scores(params, states, pack_more(rollout.completions), config, sampling, reference)
+    return jax.tree.map(unpack, scores._replace(values=values(params, states)))
 
 
 def packed_reference_scores(
@@ -173,11 +174,11 @@ def packed_reference_scores(
     """`reference_scores` without the padding."""
 
     def score(part: Rollout) -> tuple[tuple[()], tuple[Array, Array]]:
-        rows = pack(part, packing)
+        rows, pack_more, unpack = _pack(part, packing)
         states = seen_states(ref_params, rows.tokens, rows.positions, rows.seen, config)
-        tokens = to_rows(part.completions, rows)
+        tokens = pack_more(part.completions)
         logprobs = token_scores(ref_params, states, tokens, config, untruncated(sampling)).logprobs
-        return (), jax.tree.map(lambda x: from_rows(x, rows, part.completion_mask), (logprobs, states))
+        return (), (unpack(logprobs), unpack(states))
 
     return sum_over_rows(score, rollout, packing)[1]
 
@@ -191,6 +192,13 @@ def make_packed_score_fn(
         return score_packed(params, rollout, config, sampling, packing, Reference(ref_params, ref_states))
 
     return score
+
+
+def _pack(rollout: Rollout, packing: Packing) -> tuple[Rows, Callable[[Array], Array], Callable[[Array], Array]]:
+    """A rollout in rows; [B, C, ...] -> [R, W, ...] of what else is known of its tokens; and the way back."""
+    rows = by_group(functools.partial(pack, packing=packing), packing.groups)(rollout)
+    to, back = by_group(to_rows, packing.groups), by_group(from_rows, packing.groups)
+    return rows, lambda x: to(x, rows), lambda x: back(x, rows, rollout.completion_mask)
 
 
 def _split_columns(x: Array, width: int) -> Array:

@@ -3,11 +3,16 @@
 The library's functions see the whole batch and name no axis. `pmapped` compiles them with shardings: arrays of
 axis 0 are cut over the devices, arrays of axis None are copied to each, and XLA adds the communication. On a mesh
 of one axis this is what `jax.pmap` computes; the answer does not depend on the number of devices.
+
+A mesh has three axes. Batches are cut over "data" and "fsdp". Parameters, and what the optimizer keeps of them, are
+cut over "fsdp", which gathers each where it is used, and over "tensor", which computes with its own part; `lay_out`
+says how, by rules of paths.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,16 +23,87 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rl_jax.errors import InputError
 from rl_jax.types import Array, PyTree
 
-AXIS = "data"
+AXES = ("data", "fsdp", "tensor")
+BATCH = AXES[:2]
+AS_IT_IS = "as it is"
+"""In place of an axis's number in the `in_axes` of `pmapped`: the argument is taken as it lies on the devices."""
 SUM = "sum"
 """In place of an axis's number in the `out_axes` of `each_device`: the sum over the devices, which each then has."""
 
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+"""Patterns of the paths of arrays, such as "up/kernel$", and the mesh axis that each of their axes is cut over."""
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of one axis, "data", over `devices`, or over every device there is."""
+_chosen: dict[str, int] = {}
+
+
+def use_mesh(text: str) -> None:
+    """Makes this process's meshes, where no devices are named, of a shape such as "data=4,fsdp=2,tensor=1".
+
+    Axes that are left out have one device, but "data" has what the others leave: all of them where the text is empty.
+
+    Raises:
+        InputError: the shape is none, or not one of the devices there are.
+    """
+    shape = parse_mesh(text, jax.device_count())
+    _chosen.clear()
+    _chosen.update(shape)
+
+
+def parse_mesh(text: str, devices: int) -> dict[str, int]:
+    """Devices along each axis, from "data=4,fsdp=2,tensor=1". Raises InputError, as `use_mesh` does."""
+    found: dict[str, int] = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        axis, _, number = part.partition("=")
+        if axis not in AXES or axis in found or not number.isdigit() or int(number) < 1:
+            raise InputError(f"The mesh {text!r} cannot be read at {part!r}; write it as data=4,fsdp=2,tensor=1.")
+        found[axis] = int(number)
+    others = math.prod(found.get(axis, 1) for axis in AXES[1:])
+    shape = {axis: found.get(axis, 1) for axis in AXES} | {"data": found.get("data", max(devices // others, 1))}
+    if math.prod(shape.values()) != devices:
+        sizes = " x ".join(str(size) for size in shape.values())
+        raise InputError(f"A mesh of {sizes} needs {math.prod(shape.values())} devices, and there are {devices}.")
+    return shape
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None, shape: Mapping[str, int] | None = None) -> Mesh:
+    """A mesh of `devices`, all along "data" unless a shape is given; or of all there are, as `use_mesh` says."""
+    shape = shape or (_chosen if devices is None else {})
     devices = jax.devices() if devices is None else devices
+    shape = shape or {"data": len(devices)}
+    sizes = tuple(shape.get(axis, 1) for axis in AXES)
     # The default axis type is Explicit, under which a Linen embedding of sharded weights fails.
-    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Parts that a batch is cut into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def has_whole_models(mesh: Mesh) -> bool:
+    """Whether parameters are copied to each device, not cut over some."""
+    return batch_parts(mesh) == mesh.shape["data"] == mesh.size
+
+
+def lay_out(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
+    """Where each array of a tree goes, for `pmapped` and `put` to take in place of the number of an axis.
+
+    The first rule whose pattern is found in an array's path, such as "params/block_0/mlp/up/kernel", says it; arrays
+    that no rule finds are copied to each device, and so is an axis that does not divide over its devices. A rule is of
+    an array's last axes, so that it finds those of an ensemble too. What an optimizer keeps of parameters is laid out
+    as they are, since its paths end in theirs.
+    """
+
+    def place(path: Any, leaf: Any) -> PartitionSpec:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes = next((axes for pattern, axes in rules if re.search(pattern, name)), ())
+        sizes = np.shape(leaf)
+        if not axes:
+            return PartitionSpec()
+        pairs = zip((*[None] * (len(sizes) - len(axes)), *axes), sizes, strict=True)
+        return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in pairs))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def pmapped(
@@ -38,9 +114,9 @@ def pmapped(
     Args:
         fn: takes positional arguments, pytrees of arrays, and returns a pytree of arrays.
         mesh: from `make_mesh`.
-        in_axes: one entry an argument, each a pytree prefix of it with leaves None (a copy on each device) or the
-            number of the axis that is cut over the devices, usually 0.
-        out_axes: the same for what `fn` returns.
+        in_axes: one entry an argument, each a pytree prefix of it with leaves None (a copy on each device), the
+            number of the axis that is cut over the devices as a batch is, usually 0, what `lay_out` gives, or AS_IT_IS.
+        out_axes: the same for what `fn` returns, but for AS_IT_IS.
         donate: numbers of the arguments whose memory the result may take over; the caller cannot use them again.
 
     Returns:
@@ -56,6 +132,8 @@ def pmapped(
     def checked(*args: PyTree) -> PyTree:
         for number, (axes, arg) in enumerate(zip(in_axes, args, strict=False)):  # jit counts them
             _check_divisible(axes, arg, mesh, f"Argument {number} of {name}")
+        if jax.process_count() > 1:
+            args = tuple(_spread(arg, axes, mesh) for arg, axes in zip(args, in_axes, strict=True))
         return compiled(*args)
 
     vars(checked).update(lower=compiled.lower, _cache_size=compiled._cache_size)
@@ -68,26 +146,29 @@ def each_device(
     """Maps `fn` over the devices so that each runs it on its own rows, for as long as these take.
 
     XLA's own partition of a function keeps the devices in step, and a loop would go on until the last row of all is
-    done. Nothing is communicated but the sums. To be called inside a function that `pmapped` compiles, or by itself.
+    done. Nothing is communicated but the sums, and what devices along "tensor" compute together. To be called inside a
+    function that `pmapped` compiles, or by itself.
 
     Args:
-        fn: takes the rows of one device.
+        fn: takes the rows of one device. Arguments that are cut over "fsdp" are gathered for it.
         mesh: from `make_mesh`.
-        in_axes: as for `pmapped`.
-        out_axes: as for `pmapped`, or SUM.
+        in_axes: as for `pmapped`, without layouts.
+        out_axes: as for `pmapped`, without layouts, or SUM.
     """
-    if mesh.size == 1:
+    if batch_parts(mesh) == 1:
         return fn
 
     def local(*args: PyTree) -> PyTree:
         def add_up(axis: Any, tree: PyTree) -> PyTree:
-            return jax.lax.psum(tree, AXIS) if axis == SUM else tree
+            return jax.lax.psum(tree, BATCH) if axis == SUM else tree
 
         return jax.tree.map(add_up, out_axes, fn(*args), is_leaf=lambda x: x is None)
 
-    specs = (_specs(axes) for axes in (in_axes, out_axes))
+    own = set(AXES if mesh.shape["tensor"] == 1 else BATCH)
     # Gradients are taken within `fn`, so nothing needs to know which values are the same on all devices.
-    return jax.shard_map(local, mesh=mesh, in_specs=next(specs), out_specs=next(specs), check_vma=False)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=_specs(in_axes), out_specs=_specs(out_axes), axis_names=own, check_vma=False
+    )
 
 
 def traced_once(fn: Callable[..., Any], static: tuple[str, ...] = ()) -> Callable[..., Any]:
@@ -111,7 +192,32 @@ def put(tree: PyTree, mesh: Mesh, axes: PyTree = None) -> PyTree:
     _check_divisible(axes, tree, mesh, "The tree")
     # A copy first: `device_put` may alias its source, a NumPy array or a shard, even where it is told not to.
     copies = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else np.array(x), tree)
+    if jax.process_count() > 1:
+        return _spread(copies, axes, mesh)
     return jax.device_put(copies, _shardings(mesh, axes))
+
+
+def fetch(tree: PyTree) -> PyTree:
+    """NumPy arrays of the whole of each array, on every process, which all have to ask for them."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda x: _gathered(x) if isinstance(x, jax.Array) else np.asarray(x), tree)
+
+
+def own_rows(tree: PyTree) -> PyTree:
+    """NumPy arrays of the rows of a batch that are on this process's devices, in their order."""
+
+    def rows(x: jax.Array) -> np.ndarray:
+        parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}  # copies along "tensor"
+        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+    return jax.device_get(tree) if jax.process_count() == 1 else jax.tree.map(rows, tree)
+
+
+def join_rows(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Batches on the devices, of the rows that each process has for its own. The inverse of `own_rows`."""
+    sharding = _shardings(mesh, 0)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.array(x)), tree)
 
 
 @jax.jit
@@ -127,25 +233,61 @@ def fingerprint(values: Array) -> Array:
     return jnp.sum(words.astype(jnp.uint32) * (2 * places + 1), dtype=jnp.uint32)
 
 
+def _spread(tree: PyTree, axes: PyTree, mesh: Mesh) -> PyTree:
+    """Arrays over the devices of all processes, of which each process has the whole and keeps its part."""
+
+    def place(axis: Any, subtree: PyTree) -> PyTree:
+        sharding = _shardings(mesh, None if axis == AS_IT_IS else axis)
+        return jax.tree.map(lambda x: _spread_array(x, sharding), subtree)
+
+    return jax.tree.map(place, axes, tree, is_leaf=_is_axis)
+
+
+def _spread_array(x: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return x
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_spread_array(jax.random.key_data(x), sharding))
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _gathered(x: jax.Array) -> np.ndarray:
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True) if not x.is_fully_addressable else x)
+
+
 def _shardings(mesh: Mesh, axes: PyTree) -> PyTree:
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(axes))
+    def sharding(spec: Any) -> NamedSharding | None:
+        return None if spec == AS_IT_IS else NamedSharding(mesh, spec)
+
+    return jax.tree.map(sharding, _specs(axes), is_leaf=_is_axis)
 
 
 def _specs(axes: PyTree) -> PyTree:
-    def spec(axis: int | str | None) -> PartitionSpec:
-        return PartitionSpec(*[None] * axis, AXIS) if isinstance(axis, int) else PartitionSpec()
+    def spec(axis: Any) -> PartitionSpec:
+        if isinstance(axis, PartitionSpec) or axis == AS_IT_IS:
+            return axis
+        return PartitionSpec(*[None] * axis, BATCH) if isinstance(axis, int) else PartitionSpec()
 
-    return jax.tree.map(spec, axes, is_leaf=lambda x: x is None)
+    return jax.tree.map(spec, axes, is_leaf=_is_axis)
+
+
+def _is_axis(x: Any) -> bool:
+    return x is None or isinstance(x, PartitionSpec)
 
 
 def _check_divisible(axes: PyTree, tree: PyTree, mesh: Mesh, name: str) -> None:
-    def check(axis: int | None, subtree: PyTree) -> None:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(subtree) if axis is not None else ():
+    parts = batch_parts(mesh)
+
+    def check(axis: Any, subtree: PyTree) -> None:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(subtree) if isinstance(axis, int) else ():
             size = np.shape(leaf)[axis]
-            if size % mesh.size:
+            if size % parts:
                 raise InputError(
-                    f"{name}{jax.tree_util.keystr(path)} has size {size} on axis {axis}, which {mesh.size} devices "
-                    f"cannot share equally; make it a multiple of {mesh.size}."
+                    f"{name}{jax.tree_util.keystr(path)} has size {size} on axis {axis}, which {parts} devices "
+                    f"cannot share equally; make it a multiple of {parts}."
                 )
 
-    jax.tree.map(check, axes, tree, is_leaf=lambda x: x is None)
+    jax.tree.map(check, axes, tree, is_leaf=_is_axis)

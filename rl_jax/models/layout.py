@@ -1,0 +1,27 @@
+"""How the parameters of a Transformer are cut over a mesh: rules of their paths, which are data.
+
+Along "tensor" each device has some heads, some of the MLP's inner features and some of the vocabulary, so that a block
+adds up over these devices twice (Shoeybi 2019, Megatron-LM). Along "fsdp" the other axis of each matrix is cut, and
+gathered where it is used (Rajbhandari 2020, ZeRO-3).
+"""
+
+from rl_jax.run.spmd import Mesh, Rules, lay_out, put
+from rl_jax.types import PyTree
+
+RULES: Rules = (
+    (r"position_embedding/embedding$", (None, "fsdp")),
+    (r"embedding/embedding$", ("tensor", "fsdp")),
+    (r"(query|key|value|up|gate|output)/kernel$", ("fsdp", "tensor")),
+    (r"(query|key|value|up|gate)/bias$", ("tensor",)),
+    (r"(out|down)/kernel$", ("tensor", "fsdp")),
+)
+
+
+def model_axes(tree: PyTree, mesh: Mesh) -> PyTree:
+    """How parameters, or a state with them, are laid out: for `pmapped` to return them so."""
+    return lay_out(tree, RULES, mesh)
+
+
+def put_model(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Copies parameters, or a state with them, to the devices, so laid out."""
+    return put(tree, mesh, model_axes(tree, mesh))
