@@ -1,6 +1,6 @@
 """Side by side with what people would pick instead, and with the machine's limit.
 
-    python benchmarks/run.py                                  everything, about half an hour on two cores
+    python benchmarks/run.py                                  everything, about 40 minutes on two cores
     python benchmarks/run.py --quick                          under three minutes
     python benchmarks/run.py --only rl_step.A startup         parts by the beginning of their names
 

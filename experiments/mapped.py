@@ -61,7 +61,7 @@ def make_learning(
         return packed_reference_scores(ref_params, rollout, config, sampling, packing)
 
     def sum_parts(fn: Part, batch: PyTree) -> tuple[PyTree, PyTree]:
-        return at_own_pace(functools.partial(sum_over_rows, fn, packing=packing), (0,), (SUM, 0))(batch)
+        return at_own_pace(functools.partial(sum_over_rows, packing=packing), (None, 0), (SUM, 0))(fn, batch)
 
     def at_own_pace(fn: Callable[..., Any], in_axes: tuple[PyTree, ...], out_axes: PyTree) -> Callable[..., Any]:
         return each_device(fn, mesh, in_axes, out_axes) if packing.groups == 1 else fn

@@ -22,7 +22,7 @@ from experiments.finetune import Demonstrations, Finetuning, finetune, load_demo
 from experiments.finetune import check as check_finetuning
 from experiments.judgements import Judgements
 from experiments.options import describe_estimator
-from experiments.pretrain import Pretraining, load_text, model_config, pretrain
+from experiments.pretrain import Pretraining, load_text, model_config, pretrain, saved_tokenizer
 from experiments.pretrain import check as check_pretraining
 from experiments.reinforce import (
     Reinforcing,
@@ -76,7 +76,7 @@ def main(config: Config) -> None:
     start, rl, seed = time.perf_counter(), config.reinforce, config.seed
     model = model_config(config.pretrain)
     check_run(config.run, config, config.resume)
-    text = load_text(config.corpus, config.pretrain.vocab_size, config.run / "policy" if config.resume else None)
+    text = load_text(config.corpus, config.pretrain.vocab_size, saved_tokenizer(config.run, config.resume))
     reward, gold, given = make_rewards(config, text.tokenizer, model)
     prompts = split_prompts(rl, text.tokenizer, text.held_out)
     demonstrations = load_if_given(config, text.tokenizer, model.context)

@@ -10,7 +10,7 @@ compiles pretraining, the rollout and the RL update of a model ahead of time, fo
 - FLOPs of matrix products, counted in the program's jaxpr and shared out evenly, recomputation included; bytes moved in
   memory and sent between chips, counted in the compiled text. Each is counted as often as it runs: a rollout goes on
   for the full length of a completion, an update until all of them, at full length, are done. What XLA's own analysis
-  says, which counts the body of a loop once, stands in table.json;
+  says, which counts the body of a loop once, stands in settings.json;
 - the least time, for products, memory or links, whichever is longest at the chip's published peak; the tokens a second
   that follow are of windows in pretraining, of completions in the others. No program reaches them;
 - where it does not fit, the first of some changes, each with those before, that suffices: bfloat16, recomputation,
@@ -18,6 +18,7 @@ compiles pretraining, the rollout and the RL update of a model ahead of time, fo
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -33,7 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.mapped import make_generate, make_learning, prompt_indices
 from experiments.options import EstimatorOptions, chosen_estimator
-from experiments.planning import CHIPS, Chip, Work, count_flops, count_work, roofline
+from experiments.planning import CHIPS, Plan, count_flops, count_work, describe, extend, fits
 from rl_jax.errors import InputError
 from rl_jax.learner import apply_gradients, init_state, make_optimizer, policy_gradient_update
 from rl_jax.models.layout import model_axes
@@ -41,12 +42,11 @@ from rl_jax.models.transformer import TransformerConfig, init_params, llama
 from rl_jax.packing import choose_packing
 from rl_jax.pretraining import pretrain_gradient
 from rl_jax.run.loop import run_main
-from rl_jax.run.spmd import AS_IT_IS, AXES, BATCH, batch_parts, make_mesh, parse_mesh, pmapped
+from rl_jax.run.spmd import AXES, BATCH, batch_parts, make_mesh, parse_mesh, pmapped
 from rl_jax.run.tables import open_results, write_table
 from rl_jax.sampling import Sampling
 from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
 
-GIB = 2**30
 # Vocabulary, layers, width, heads, key-value heads, MLP, tied, RoPE: the config.json of SmolLM2-135M, Llama-3.2-1B,
 # Llama-3.1-8B and Llama-3.1-70B.
 MODELS = {
@@ -108,22 +108,10 @@ class Program(NamedTuple):
         tokens: that one run makes or learns from.
     """
 
-    mapped: Callable[..., Any]
+    mapped: Any
     args: tuple[PyTree, ...]
     trips: tuple[int, ...]
     tokens: int
-
-
-class Plan(NamedTuple):
-    """What the compiler says. Bytes and flops of one chip; `needed` is the whole, `work` None where it was refused."""
-
-    arguments: float
-    outputs: float
-    temporaries: float
-    needed: float
-    flops: float = 0
-    work: Work | None = None
-    xla: dict[str, float] = {}  # noqa: RUF012
 
 
 def named_devices(topology: str) -> list[Any]:
@@ -138,10 +126,8 @@ def named_devices(topology: str) -> list[Any]:
     # No virtual machine of a TPU is asked what it is.
     for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
         os.environ.setdefault(name, value)
-    try:
-        import libtpu  # noqa: F401
-    except ImportError as error:
-        raise InputError("libtpu, which compiles for a TPU, is missing: pip install -r requirements-tpu.txt") from error
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("libtpu, which compiles for a TPU, is missing: pip install -r requirements-tpu.txt")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # of libtpu, whose kinds are not written down
@@ -196,7 +182,8 @@ def make_program(name: str, config: Config, model: TransformerConfig, mesh: Mesh
     params = jax.eval_shape(lambda: init_params(jax.random.key(0), model))
     state = jax.eval_shape(lambda: init_state(init_params(jax.random.key(0), model), optimizer, 0.05))
     axes, rows = model_axes(state, mesh), PartitionSpec(BATCH)
-    state, params = abstract(state, axes, mesh), abstract(params, model_axes(params, mesh), mesh)
+    param_axes = model_axes(params, mesh)
+    state, params = abstract(state, axes, mesh), abstract(params, param_axes, mesh)
     key = abstract(jax.eval_shape(lambda: jax.random.key(0)), PartitionSpec(), mesh)
 
     if name == "pretraining":
@@ -208,7 +195,7 @@ def make_program(name: str, config: Config, model: TransformerConfig, mesh: Mesh
 
         windows = config.windows * chips
         tokens = abstract(jax.ShapeDtypeStruct((windows, config.context + 1), jnp.int32), rows, mesh)
-        mapped = pmapped(pretraining, mesh, (AS_IT_IS, 0), (axes, None), donate=(0,))
+        mapped = pmapped(pretraining, mesh, (axes, 0), (axes, None), donate=(0,))
         return Program(mapped, (state, tokens), (), windows * config.context)
 
     sampling = Sampling(config.completion_length, group_size=config.group_size, eos=(0,), ignore_eos=True)
@@ -222,7 +209,7 @@ def make_program(name: str, config: Config, model: TransformerConfig, mesh: Mesh
 
     tokens = abstract(jax.ShapeDtypeStruct(prompts, jnp.int32), rows, mesh)
     mask = abstract(jax.ShapeDtypeStruct(prompts, jnp.bool_), rows, mesh)
-    mapped = pmapped(rollout, mesh, (AS_IT_IS, None, 0, 0), 0)
+    mapped = pmapped(rollout, mesh, (param_axes, None, 0, 0), 0)
     sampled = Program(
         mapped, (params, key, tokens, mask), (config.at_once, config.completion_length - 1), count * sampling.length
     )
@@ -257,7 +244,7 @@ def make_program(name: str, config: Config, model: TransformerConfig, mesh: Mesh
     packing = choose_packing(config.prompt_length, sampling.length, config.group_size, model.width, at_once)
     in_a_row = (packing.width - config.prompt_length + 1) // sampling.length
     turns = -(-count // parts // (packing.rows * in_a_row)) if count // parts >= packing.rows * in_a_row else 1
-    mapped = pmapped(update, mesh, (AS_IT_IS, AS_IT_IS, None, 0, 0), (axes, None), donate=(0,))
+    mapped = pmapped(update, mesh, (axes, param_axes, None, 0, 0), (axes, None), donate=(0,))
     return Program(mapped, (state, params, key, made, rewards), (turns,), count * sampling.length)
 
 
@@ -270,8 +257,9 @@ def argument_bytes(program: Program) -> float:
 def compile_program(program: Program, chips: int) -> Plan:
     """Compiles a program, and reads off what it takes; a TPU's compiler refuses one that does not fit."""
     arguments = argument_bytes(program)
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.args)  # `pmapped` lays them out
     try:
-        compiled = program.mapped.lower(*program.args).compile()
+        compiled = program.mapped.lower(*args).compile()
     except jax.errors.JaxRuntimeError as error:
         found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
         if not found:
@@ -286,7 +274,7 @@ def compile_program(program: Program, chips: int) -> Plan:
         outputs,
         memory.temp_size_in_bytes,
         arguments + outputs + memory.temp_size_in_bytes,
-        count_flops(jax.make_jaxpr(program.mapped)(*program.args), program.trips) / chips,
+        count_flops(jax.make_jaxpr(program.mapped)(*args), program.trips) / chips,
         count_work(compiled.as_text(), program.trips),
         {name: xla.get(name, 0.0) for name in ("flops", "bytes accessed")},
     )
@@ -330,26 +318,6 @@ def plan_program(name: str, config: Config, mesh: Mesh) -> Plan:
     return extend(one, two, (model.layers - few) / few)
 
 
-def extend(one: Plan, two: Plan, steps: float) -> Plan:
-    """Along the line from one plan to another, so many times as far as that; kinds of collectives by their union."""
-
-    def on(a: float, b: float) -> float:
-        return a + steps * (b - a)
-
-    works = [plan.work or Work(0, {}, 0) for plan in (one, two)]
-    moved, sent = (on(*(getattr(work, name) for work in works)) for name in ("moved", "sent"))
-    kinds = set(works[0].collectives) | set(works[1].collectives)
-    counts = {kind: round(on(*(work.collectives.get(kind, 0) for work in works))) for kind in kinds}
-    numbers = {name: on(getattr(one, name), getattr(two, name)) for name in Plan._fields[:5]}
-    xla = {name: on(one.xla[name], two.xla[name]) for name in one.xla}
-    return Plan(**numbers, work=Work(moved, counts, sent), xla=xla)
-
-
-def fits(plan: Plan, memory: float | None) -> bool | None:
-    """Whether a chip with so much memory can run it; None where nothing is known of its memory."""
-    return None if memory is None else plan.work is not None and plan.needed <= memory
-
-
 def advice(name: str, config: Config, devices: list[Any], memory: float, say: Callable[[str], None]) -> str:
     """The first of the changes with which a program fits; or what is largest with all of them."""
     shape = parse_mesh(config.mesh, len(devices))
@@ -368,28 +336,8 @@ def advice(name: str, config: Config, devices: list[Any], memory: float, say: Ca
         if fits(plan, memory):
             return ", ".join(done)
     if plan is None:
-        return "nothing tried: parameters, and what is kept of them, are larger than the memory; take more chips"
-    return f"nothing tried: {'temporaries' if plan.temporaries > plan.arguments else 'arguments'} remain the largest"
-
-
-def describe(name: str, plan: Plan, chip: Chip | None, memory: float | None, tokens: int) -> dict[str, Any]:
-    """A row of the table."""
-    row: dict[str, Any] = {"program": name}
-    parts = ("arguments", "outputs", "temporaries", "needed")
-    row |= {f"{part}, GiB": getattr(plan, part) / GIB for part in parts}
-    row |= {"of, GiB": None if memory is None else memory / GIB}
-    row |= {"fits": "–" if memory is None else "yes" if fits(plan, memory) else "no"}
-    if plan.work is None:
-        return row
-    row |= {"Tflop": plan.flops / 1e12, "moved, GB": plan.work.moved / 1e9}
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.work.collectives.items()))
-    row |= {"collectives": kinds or "none", "sent, GB": plan.work.sent / 1e9}
-    if chip is not None:
-        seconds = roofline(chip, plan.flops, plan.work)
-        bound = max(seconds, key=lambda part: seconds[part])
-        row |= {f"{part}, ms": 1e3 * value for part, value in seconds.items()}
-        row |= {"bound by": bound, "tokens/s at most": tokens / seconds[bound]}
-    return row
+        return "none of these: parameters, and what is kept of them, are larger than the memory; take more chips"
+    return f"none of these: {'temporaries' if plan.temporaries > plan.arguments else 'arguments'} remain the largest"
 
 
 def main(config: Config) -> None:

@@ -5,13 +5,15 @@ A roofline (Williams 2009): the time is at least the work over the chip's peak, 
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 NUMBER_BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}  # other types end in theirs
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+GIB = 2**30
 NO_TRAFFIC = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
 SLICES = ("dynamic-slice", "gather", "slice")  # which read as much as they return
 
@@ -55,6 +57,18 @@ class Work(NamedTuple):
     sent: float
 
 
+class Plan(NamedTuple):
+    """What the compiler says. Bytes and flops of one chip; `needed` is the whole, `work` None where it was refused."""
+
+    arguments: float
+    outputs: float
+    temporaries: float
+    needed: float
+    flops: float = 0
+    work: Work | None = None
+    xla: Mapping[str, float] = MappingProxyType({})
+
+
 class _Instruction(NamedTuple):
     name: str
     shape: str
@@ -86,7 +100,7 @@ def _flops_of(equation: Any, trips: Sequence[int]) -> float:
         return count_flops(params["branches"][-1], trips)
     times = params["length"] if name == "scan" else 1
     if name == "shard_map":  # whose shapes are those of one device
-        times = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     inner = [value for value in params.values() if isinstance(value, Jaxpr | ClosedJaxpr)]
     return times * sum(count_flops(each, trips) for each in inner)
 
@@ -105,9 +119,9 @@ def count_work(program: str, trips: Sequence[int] = ()) -> Work:
     counts: dict[str, int] = {}
 
     def walk(name: str, times: float, trips: Sequence[int], fused: bool) -> tuple[float, float]:
-        shapes = {each.name: each.shape for each in computations[name]}
+        shapes = {each.name: each.shape for each in computations.get(name, ())}
         moved = sent = 0.0
-        for each in computations[name]:
+        for each in computations.get(name, ()):
             operands = [shapes.get(operand, "") for operand in each.operands]
             kind = each.op.removesuffix("-start")
             if kind in COLLECTIVES:
@@ -117,8 +131,8 @@ def count_work(program: str, trips: Sequence[int] = ()) -> Work:
                 moved += times * _bytes_moved(each, operands)
             rounds, inner = 1, trips
             if each.op == "while":
-                known = re.search(r"known_trip_count[^\d]*(\d+)", each.text)
-                rounds, inner = (int(known[1]), trips) if known else (trips[0] if trips else 1, trips[1:])
+                known = _known_rounds(each, computations)
+                rounds, inner = (known, trips) if known else (trips[0] if trips else 1, trips[1:])
             for called in _called(each.text):
                 within = walk(called, times * rounds, inner, fused or each.op not in ("while", "conditional", "call"))
                 moved, sent = moved + within[0], sent + within[1]
@@ -168,12 +182,26 @@ def _called(text: str) -> list[str]:
     return one + [name.strip(" %") for names in several for name in names.split(",")]
 
 
+def _known_rounds(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) -> int:
+    """Rounds of a loop whose text, or whose condition, says them: a counter from 0 below a constant; 0 otherwise."""
+    known = re.search(r"known_trip_count[^\d]*(\d+)", loop.text)
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.text)
+    if known or not condition:
+        return int(known[1]) if known else 0
+    last = computations[condition[1]][-1]
+    limits = {each.name: re.match(r" ?constant\((\d+)\)", each.text) for each in computations[condition[1]]}
+    limit = limits.get(last.operands[1]) if last.op == "compare" and "direction=LT" in last.text else None
+    return int(limit[1]) if limit else 0
+
+
 def _bytes_sent(kind: str, each: _Instruction, operands: list[str]) -> float:
     """Of one chip to others, in a ring of many: twice its part for a sum, what it did not have for a gathering."""
     given, got = sum(map(shape_bytes, operands)), shape_bytes(each.shape)
     if kind in ("all-reduce", "reduce-scatter"):
         return given * (2 if kind == "all-reduce" else 1)
-    return max(got - given, 0) if each.op.endswith("-start") or kind == "all-gather" else got
+    if each.op.endswith("-start"):  # whose result has the operands in it
+        got -= given
+    return got - given if kind == "all-gather" else got
 
 
 def _bytes_moved(each: _Instruction, operands: list[str]) -> float:
@@ -205,3 +233,43 @@ def shape_bytes(shape: str, in_memory: bool = False) -> float:
 def roofline(chip: Chip, flops: float, work: Work) -> dict[str, float]:
     """Least seconds that each resource needs, of one chip's flops and work."""
     return {"products": flops / chip.flops, "memory": work.moved / chip.bandwidth, "links": work.sent / chip.links}
+
+
+def extend(one: Plan, two: Plan, steps: float) -> Plan:
+    """Along the line from one plan to another, so many times as far as that; kinds of collectives by their union."""
+
+    def on(a: float, b: float) -> float:
+        return a + steps * (b - a)
+
+    works = [plan.work or Work(0, {}, 0) for plan in (one, two)]
+    moved, sent = (on(*(getattr(work, name) for work in works)) for name in ("moved", "sent"))
+    kinds = set(works[0].collectives) | set(works[1].collectives)
+    counts = {kind: round(on(*(work.collectives.get(kind, 0) for work in works))) for kind in kinds}
+    numbers = {name: on(getattr(one, name), getattr(two, name)) for name in Plan._fields[:5]}
+    xla = {name: on(one.xla[name], two.xla[name]) for name in one.xla}
+    return Plan(**numbers, work=Work(moved, counts, sent), xla=xla)
+
+
+def fits(plan: Plan, memory: float | None) -> bool | None:
+    """Whether a chip with so much memory can run it; None where nothing is known of its memory."""
+    return None if memory is None else plan.work is not None and plan.needed <= memory
+
+
+def describe(name: str, plan: Plan, chip: Chip | None, memory: float | None, tokens: int) -> dict[str, Any]:
+    """A row of the table."""
+    row: dict[str, Any] = {"program": name}
+    parts = ("arguments", "outputs", "temporaries", "needed")
+    row |= {f"{part}, GiB": getattr(plan, part) / GIB for part in parts}
+    row |= {"of, GiB": None if memory is None else memory / GIB}
+    row |= {"fits": "–" if memory is None else "yes" if fits(plan, memory) else "no"}
+    if plan.work is None:
+        return row
+    row |= {"Tflop": plan.flops / 1e12, "moved, GB": plan.work.moved / 1e9}
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.work.collectives.items()))
+    row |= {"collectives": kinds or "none", "sent, GB": plan.work.sent / 1e9}
+    if chip is not None:
+        seconds = roofline(chip, plan.flops, plan.work)
+        bound = max(seconds, key=lambda part: seconds[part])
+        row |= {f"{part}, ms": 1e3 * value for part, value in seconds.items()}
+        row |= {"bound by": bound, "tokens/s at most": tokens / seconds[bound]}
+    return row

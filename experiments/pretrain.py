@@ -118,6 +118,11 @@ def load_text(corpus: str, vocab_size: int, saved: Path | None = None) -> Text:
     return Text(tokenizer, held_out, tokens, held_out_tokens)
 
 
+def saved_tokenizer(run: Path, resume: bool) -> Path | None:
+    """The folder with the tokenizer of a run to be resumed; None where that was stopped before it was saved."""
+    return run / "policy" if resume and (run / "metrics.jsonl").exists() else None  # which is opened after that
+
+
 def model_config(settings: Pretraining) -> TransformerConfig:
     """The model that the settings describe."""
     shape = (settings.vocab_size, settings.context, settings.layers, settings.width, settings.heads)
@@ -243,7 +248,7 @@ def main(config: Config) -> None:
     start = time.perf_counter()
     model_config(config.pretrain)  # a shape that cannot be is told at once
     check_run(config.run, config, config.resume)
-    text = load_text(config.corpus, config.pretrain.vocab_size, config.run / "policy" if config.resume else None)
+    text = load_text(config.corpus, config.pretrain.vocab_size, saved_tokenizer(config.run, config.resume))
     check(config.pretrain, text, config.seed)
     run = open_run(config.run, "experiments/pretrain.py", config)
     text.tokenizer.save_pretrained(run / "policy")

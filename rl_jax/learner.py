@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import Partial
 
 from rl_jax.masked import masked_mean, masked_sum
 from rl_jax.microbatch import SumParts, sum_over_whole
@@ -16,7 +17,7 @@ from rl_jax.reinforce.advantages import zero_signal_groups
 from rl_jax.reinforce.composition import Estimator, estimate_advantages
 from rl_jax.reinforce.diagnostics import explained_variance, gradient_noise
 from rl_jax.reinforce.distributions import kl_estimate
-from rl_jax.reinforce.gradient import ScoreFn, Scores, reinforce_gradient
+from rl_jax.reinforce.gradient import ScoreFn, Scores, as_partial, reinforce_gradient
 from rl_jax.reinforce.objectives import value_errors
 from rl_jax.reinforce.penalties import adaptive_kl_coefficient, kl_loss_terms, overlong_penalty, shape_rewards
 from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
@@ -217,10 +218,10 @@ def experience_gradient(
         As `reinforce_gradient`.
     """
 
-    def score(params: PyTree, rollout: Rollout, part: Experience) -> Scores:
+    def score(score_fn: ScoreFn, params: PyTree, rollout: Rollout, part: Experience) -> Scores:
         return score_fn(params, rollout, part.context)
 
-    def penalty(scores: Scores, part: Experience) -> Array:
+    def penalty(kl_coefficient: Array, scores: Scores, part: Experience) -> Array:
         terms = kl_coefficient * kl_loss_terms(scores.logprobs, part.ref_logprobs, scores.kl, estimator.kl)
         terms -= estimator.entropy_coefficient * scores.entropy
         if part.critic is not None and scores.values is not None:
@@ -232,10 +233,10 @@ def experience_gradient(
         params,
         experience.rollout,
         experience.advantages,
-        score,
+        Partial(score, as_partial(score_fn)),
         normalize=estimator.normalize,
         loss_fn=estimator.loss,
-        penalty_fn=penalty,
+        penalty_fn=Partial(penalty, kl_coefficient),
         context=experience,
         sum_parts=sum_parts,
     )
@@ -250,10 +251,10 @@ def critic_values(
         ValueError: the score function has no values.
     """
 
-    def values(part: tuple[Rollout, Any]) -> tuple[tuple[()], Array | None]:
+    def values(params: PyTree, score_fn: ScoreFn, part: tuple[Rollout, Any]) -> tuple[tuple[()], Array | None]:
         return (), score_fn(params, *part).values
 
-    _, expected = sum_parts(values, (rollout, context))
+    _, expected = sum_parts(Partial(values, params, as_partial(score_fn)), (rollout, context))
     if expected is None:
         raise ValueError("The estimator has a critic, and the policy has none: see `transformer.add_value_head`.")
     return jax.lax.stop_gradient(expected)

@@ -10,7 +10,8 @@ from rl_jax.types import PyTree
 
 Part = Callable[[PyTree], tuple[PyTree, PyTree]]
 """A part of a batch -> a pytree of sums over its sequences, so that those of the parts add up to that of the whole, and
-a pytree of arrays with a row for each sequence."""
+a pytree of arrays with a row for each sequence. A `Partial` of the arrays that it reads besides: where each device
+works by itself, it is given them too."""
 
 SumParts = Callable[[Part, PyTree], tuple[PyTree, PyTree]]
 """What a function of parts makes of a batch: how it is cut, and put together again, is all that these differ in."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from rl_jax.models.transformer import TransformerConfig, hidden_states, logits, seen_states, values
 from rl_jax.packing import Packing, Rows, by_group, from_rows, pack, sum_over_rows, to_rows
@@ -145,10 +146,10 @@ def reference_scores(
 def make_score_fn(ref_params: PyTree, config: TransformerConfig, sampling: Sampling) -> ScoreFn:
     """The scores that the policy gradient asks for, of a Transformer beside a reference of the same configuration."""
 
-    def score(params: PyTree, rollout: Rollout, ref_states: Array) -> Scores:
+    def score(ref_params: PyTree, params: PyTree, rollout: Rollout, ref_states: Array) -> Scores:
         return score_completions(params, rollout, config, sampling, Reference(ref_params, ref_states))
 
-    return score
+    return Partial(score, ref_params)
 
 
 def score_packed(
@@ -188,10 +189,10 @@ def make_packed_score_fn(
 ) -> ScoreFn:
     """As `make_score_fn`, for the parts that `sum_over_rows` makes with the same packing."""
 
-    def score(params: PyTree, rollout: Rollout, ref_states: Array) -> Scores:
+    def score(ref_params: PyTree, params: PyTree, rollout: Rollout, ref_states: Array) -> Scores:
         return score_packed(params, rollout, config, sampling, packing, Reference(ref_params, ref_states))
 
-    return score
+    return Partial(score, ref_params)
 
 
 def _pack(rollout: Rollout, packing: Packing) -> tuple[Rows, Callable[[Array], Array], Callable[[Array], Array]]:

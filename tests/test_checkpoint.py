@@ -169,6 +169,25 @@ def test_no_flipped_bit_is_restored(written, tmp_path):
     assert seen > 6  # or the flips missed the arrays
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda path: os.truncate(path, 0), lambda path: flip(path, path.stat().st_size // 2)]
+)
+def test_whichever_file_is_damaged_a_whole_state_comes_back(written, tmp_path, damage):
+    names = sorted(path.relative_to(written) for path in (written / "2").rglob("*") if path.is_file())
+    passed_over = 0
+    for number, name in enumerate(names):
+        folder = shutil.copytree(written, tmp_path / str(number))
+        if (folder / name).stat().st_size:
+            damage(folder / name)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            restored = restore(folder)
+        seen = any("2 cannot be read" in str(warning.message) for warning in caught)
+        assert_same_bits(restored, make_state(1 if seen else 2))  # some files mean nothing
+        passed_over += seen
+    assert passed_over > 3
+
+
 def test_damaged_settings_are_not_taken_for_other_settings(folder):
     record = record_file(folder / "2")
     record.write_text(record.read_text().replace('"width": 64', '"width": 65'))

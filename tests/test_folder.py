@@ -1,12 +1,18 @@
 import dataclasses
+import errno
+import fcntl
 import json
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 from rl_jax.errors import InputError
+from rl_jax.run import lock
 from rl_jax.run.folder import check_run, describe_differences, differences, open_run, write_json
 
 
@@ -88,3 +94,85 @@ def test_json_is_whole_and_has_no_nan(tmp_path):
         write_json(path, {"kl": object()})
     assert json.loads(path.read_text()) == kept
     assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
+
+
+HOLDER = """
+import pathlib, sys
+from rl_jax.errors import InputError
+from rl_jax.run.lock import lock_folder
+try:
+    lock_folder(pathlib.Path(sys.argv[1]))
+    print("has it", flush=True)
+    sys.stdin.read()
+except InputError:
+    print("refused", flush=True)
+"""
+
+
+@pytest.fixture
+def other_process():
+    """Starts another process that takes a folder, until it is killed; yields the function that does it."""
+    started = []
+
+    def start(folder):
+        pipe = subprocess.PIPE
+        process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdin=pipe, stdout=pipe, text=True)
+        started.append(process)
+        return process, process.stdout.readline().strip()
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_folder_that_another_process_writes_to_is_refused_until_it_ends(tmp_path, other_process):
+    folder = tmp_path / "one"
+    check_and_open(folder, Config())
+    shutil.copytree(folder, tmp_path / "copy")
+    holder, said = other_process(tmp_path / "copy")
+    assert said == "has it", "a copy is another folder"
+    before = (tmp_path / "copy" / "config.json").read_bytes()
+    refusal = rf"copy is in use: process {holder.pid} on .* give another --run"
+    for config in (Config(), Config(resume=True)):
+        with pytest.raises(InputError, match=refusal):
+            check_run(tmp_path / "copy", config, config.resume)
+    with pytest.raises(InputError, match=refusal):
+        open_run(tmp_path / "copy", "s.py", Config(steps=11))
+    assert (tmp_path / "copy" / "config.json").read_bytes() == before
+    holder.kill()
+    holder.wait()
+    check_and_open(tmp_path / "copy", Config(resume=True))
+
+
+def test_this_process_keeps_the_folder_it_opened(tmp_path, other_process):
+    folder = tmp_path / "one"
+    check_and_open(folder, Config())
+    check_and_open(folder, Config(resume=True))
+    assert other_process(folder)[1] == "refused"
+    shutil.rmtree(folder)
+    check_and_open(folder, Config())
+    assert other_process(folder)[1] == "refused", "the folder that is there now is another"
+
+
+def test_what_a_run_killed_as_it_began_has_left_is_in_nobodys_way(tmp_path):
+    (tmp_path / "config.json.tmp").write_text("{")
+    (tmp_path / lock.FILE).write_text("process 1 on a host\n")
+    check_and_open(tmp_path, Config())
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(.*No locks available\)"):
+        check_and_open(tmp_path, Config())
+    with pytest.warns(UserWarning, match="cannot be locked"):
+        check_and_open(tmp_path, Config(resume=True))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file/run"):
+        check_and_open(tmp_path / "file" / "run", Config())

@@ -1,4 +1,6 @@
 import dataclasses
+import errno
+import json
 import os
 import signal
 import subprocess
@@ -14,8 +16,9 @@ import numpy as np
 import pytest
 
 from rl_jax.errors import InputError
-from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
-from rl_jax.run.loop import Interrupted, RunFailed, run_main, train
+from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint, wait_for_checkpoints
+from rl_jax.run.loop import Interrupted, RewardFailed, RunFailed, run_main, train
+from rl_jax.run.metrics import open_metrics
 from rl_jax.run.progress import describe
 from rl_jax.types import TrainState
 
@@ -50,8 +53,8 @@ def step_fn(state, step):
     return update(state, jax.random.normal(jax.random.fold_in(jax.random.key(0), step), (4,)))
 
 
-def run(step_fn, state, checkpoints, steps=10, every=4, rows=None, **kwargs):
-    writer = Rows([] if rows is None else rows)
+def run(step_fn, state, checkpoints, steps=10, every=4, rows=None, writer=None, **kwargs):
+    writer = writer or Rows([] if rows is None else rows)
     return train(
         step_fn,
         state,
@@ -243,6 +246,113 @@ def test_metrics_are_described_shortly():
     assert describe({"loss": 3.14159, "kl": None, "tokens_per_second": 12345.6}) == "loss 3.142  tokens/s 12,346"
 
 
+@pytest.fixture
+def writer(tmp_path):
+    writer = open_metrics(tmp_path)
+    yield writer
+    writer.close()
+
+
+def written(tmp_path, name="metrics"):
+    return [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+TEXTS = [{"prompt": "a", "completion": "é\n"}, {"prompt": "b", "completion": ""}]
+
+
+def failing_at(*steps):
+    def fails(state, step):
+        if step in steps:
+            raise RewardFailed("the reward mine gave nan", TEXTS)
+        return step_fn(state, step)
+
+    return fails
+
+
+def test_a_reward_that_fails_loses_nothing(checkpoints, writer, tmp_path):
+    expected, state = [], make_state()
+    for step in range(10):
+        state, metrics = step_fn(state, step)
+        expected.append((step, float(metrics["loss"])))
+    saying = (
+        r"^the reward mine gave nan. The texts are in \S*unrewarded_rl_6\.jsonl; rl is saved at step 6 of 10\. Mend"
+    )
+    with pytest.raises(InputError, match=saying):
+        run(failing_at(6), make_state(), checkpoints, writer=writer)
+    assert written(tmp_path, "unrewarded_rl_6") == TEXTS
+    assert saved(checkpoints) == [4, 6]
+    restored = restore_checkpoint(checkpoints, make_state())
+    resumed = run(step_fn, restored, checkpoints, writer=writer)
+    assert [(row["step"], row["loss"]) for row in written(tmp_path)] == [
+        (step, pytest.approx(loss)) for step, loss in expected
+    ]
+    np.testing.assert_array_equal(resumed.params["w"], state.params["w"])
+
+
+def test_one_that_fails_at_once_leaves_what_there_was(checkpoints, writer):
+    with pytest.raises(InputError, match="rl is at its beginning"):
+        run(failing_at(0), make_state(), checkpoints, writer=writer)
+    assert saved(checkpoints) == []
+
+
+@pytest.mark.parametrize(("bad", "step"), [(5, 7), (8, 10), (9, 10)])
+def test_a_metric_on_text_that_fails_is_null_and_stops_the_run_with_all_else_kept(
+    checkpoints, writer, tmp_path, bad, step
+):
+    def watched(state, number):
+        def gold():
+            if number == bad:
+                raise RewardFailed("gold failed", TEXTS)
+            return np.float32(number)
+
+        return step_fn(state, number)[0], {"gold": gold, "gold_gain": lambda: 2 * gold()}
+
+    with pytest.raises(InputError, match=rf"gold failed.*unrewarded_rl_{step}.jsonl; rl is saved at step {step}"):
+        run(watched, make_state(), checkpoints, writer=writer)
+    assert saved(checkpoints)[-1] == step
+    assert [(row["step"], row["gold"], row["gold_gain"]) for row in written(tmp_path)] == [
+        (i, None, None) if i == bad else (i, i, 2 * i) for i in range(step)
+    ]
+
+
+def test_a_row_that_cannot_be_written_ends_the_run_and_says_what_is_kept(checkpoints):
+    class Full(Rows):
+        def write(self, stage, step, metrics):
+            if step == 6:
+                raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    with pytest.raises(OSError, match=r"No space left on device: 'metrics.jsonl'. .* is kept, at step 4. .* --resume"):
+        run(step_fn, make_state(), checkpoints, writer=Full([]))
+    assert saved(checkpoints) == [4]
+
+
+@pytest.mark.parametrize("jump", [-1e7, 1e7])
+def test_a_clock_that_jumps_changes_nothing(checkpoints, writer, tmp_path, monkeypatch, jump):
+    expected = run(step_fn, make_state(), checkpoints, steps=8)
+    others, true, offset, readings = open_checkpoints(tmp_path / "others", {}), time.time, 0.0, []
+
+    def jumping():
+        readings.append(true() + offset)
+        return readings[-1]
+
+    def timed(state, step):
+        nonlocal offset
+        wait_for_checkpoints(others)  # Orbax's own timeouts are of the clock that jumps
+        offset += jump
+        state, metrics = step_fn(state, step)
+        return state, metrics | {"tokens": 100}
+
+    monkeypatch.setattr(time, "time", jumping)
+    trained = run(timed, make_state(), others, steps=8, writer=writer)
+    assert abs(readings[-1] - readings[0]) > 6 * abs(jump)
+    np.testing.assert_array_equal(trained.params["w"], expected.params["w"])
+    restored = restore_checkpoint(others, make_state())
+    close_checkpoints(others)
+    np.testing.assert_array_equal(restored.params["w"], expected.params["w"])
+    rates = [row["tokens_per_second"] for row in written(tmp_path)]
+    assert len(rates) == 8 and all(rate > 0 for rate in rates[1:-1])
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     steps: int = 3
@@ -256,6 +366,8 @@ class Config:
         (RunFailed("rl failed"), 1, "error: rl failed\n"),
         (Interrupted("Stopped: saved."), 130, "Stopped: saved.\n"),
         (KeyboardInterrupt(), 130, "Stopped.\n"),
+        (RewardFailed("the reward mine failed", []), 2, "error: the reward mine failed\n"),
+        (OSError(28, "No space left on device", "a.json"), 2, "error: [Errno 28] No space left on device: 'a.json'\n"),
     ],
 )
 def test_errors_are_one_line_and_an_exit_code(error, code, message, capsys, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from experiments.mapped import make_generate, make_learning, prompt_indices
+from rl_jax import scoring
 from rl_jax.errors import InputError
 from rl_jax.learner import init_state, policy_gradient_update
 from rl_jax.models.layout import model_axes, put_model
@@ -104,6 +105,13 @@ def test_reinforcement(sizes):
     assert len(np.unique(expected)) > 10
     np.testing.assert_array_equal(completions, expected)
     assert_close(others, jax.device_get(wanted))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 2, 1)])
+def test_logits_in_chunks(sizes, monkeypatch):
+    expected = jax.device_get(reinforced((1, 1, 1), "rloo"))
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 1 << 9)
+    assert_close(reinforced(sizes, "rloo"), expected)
 
 
 @pytest.mark.slow

@@ -61,3 +61,31 @@ def test_device_and_versions_are_described():
 
     assert found["jax"] == jax.__version__
     assert found["python"].startswith("3.")
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    writer = open_metrics(tmp_path)
+    full = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
+        writer._replace(rows=full).write("rl", 0, {"loss": 1.0})
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
+        writer._replace(rows=full).close()
+
+    def refuse():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer.events, "flush", refuse)
+    with pytest.raises(OSError, match=r"No space left on device: '.*tensorboard'"):
+        writer.write("rl", 0, {"loss": 1.0})
+    (tmp_path / "kept.jsonl").mkdir()
+    with pytest.raises(OSError, match=r"kept.jsonl'"):
+        writer.keep("kept", [])
+
+
+def test_texts_are_kept_whole(tmp_path):
+    rows = [{"prompt": "a\n", "completion": "é\u2028\ud83d".encode("utf-8", "replace").decode()}]
+    writer = open_metrics(tmp_path)
+    path = writer.keep("kept", rows)
+    assert path == tmp_path / "kept.jsonl"
+    assert [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]] == rows
+    writer.close()

@@ -1,9 +1,13 @@
 import functools
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
 
 from rl_jax.errors import InputError
+from rl_jax.rewards.compose import RewardConfig, make_reward
 from rl_jax.rewards.text import keyword_reward, regex_reward, score_texts, sentiment
 
 
@@ -95,3 +99,54 @@ def test_a_reward_without_a_name_is_named_by_its_repr():
 def test_prompts_and_completions_come_in_pairs():
     with pytest.raises(ValueError, match="longer"):
         score_texts(lambda prompt, completion: 0.0, ["p"], ["c", "d"])
+
+
+def never_ends(prompt, completion):
+    while completion == "endless":
+        try:
+            time.sleep(0.01)
+        except Exception:  # as careless code does
+            continue
+    return 1.0
+
+
+def test_a_call_that_takes_too_long_is_ended():
+    handler, start = signal.getsignal(signal.SIGALRM), time.monotonic()
+    with pytest.raises(InputError) as refusal:
+        score_texts(never_ends, ["p"] * 3, ["fine", "endless", "fine"], limit=0.3)
+    assert 0.3 <= time.monotonic() - start < 5
+    assert str(refusal.value) == (
+        "completion 1 of 3: the reward never_ends took longer than 0.3 s; the completion was 'endless'"
+    )
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_the_limit_is_one_for_each_call_and_not_for_all():
+    assert score_texts(lambda p, c: time.sleep(0.1) or 1.0, ["p"] * 5, ["c"] * 5, limit=0.3).tolist() == [1.0] * 5
+
+
+def test_in_a_sum_it_is_the_part_that_is_named(monkeypatch, tmp_path):
+    (tmp_path / "slow_rewards.py").write_text("def endless(prompt, completion):\n    while True:\n        pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = make_reward(RewardConfig(("sentiment", "slow_rewards:endless"), (1.0, 0.5)), None)
+    with pytest.raises(InputError, match=r"the reward endless took longer than 0\.2 s"):
+        score_texts(reward.on_text, ["p"], ["c"], limit=0.2)
+
+
+def test_there_is_no_limit_in_another_thread_nor_under_an_alarm_of_somebody_elses():
+    def slow(prompt, completion):
+        time.sleep(0.3)
+        return 2.0
+
+    rewards = []
+    thread = threading.Thread(target=lambda: rewards.append(score_texts(slow, ["p"], ["c"], limit=0.1)))
+    thread.start()
+    thread.join()
+    signal.setitimer(signal.ITIMER_REAL, 60)
+    try:
+        rewards.append(score_texts(slow, ["p"], ["c"], limit=0.1))
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 50, "it is still set"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    assert [array.tolist() for array in rewards] == [[2.0], [2.0]]

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def read_passages(source: str) -> list[str]:
         passages = list(_chitchat_conversations())
     else:
         readers = {"bbe": _bbe_texts, "sotu": _sotu_texts}
-        texts = readers[source]() if source in readers else _path_texts(Path(source).expanduser())
+        texts = readers[source]() if source in readers else _path_texts(Path(os.path.expanduser(source)))
         passages = [passage for text in texts for passage in split_passages(text)]
     if not passages:
         raise InputError(f"the corpus {source} holds no text")

@@ -92,5 +92,7 @@ def _parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     yield Row(f"{path}, row {number}", values)
                     number += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # a date may have no place in Python
         raise InputError(f"{path} is not a Parquet file that can be read: {error}") from error

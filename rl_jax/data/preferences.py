@@ -21,6 +21,7 @@ from rl_jax.data.tokenizer import encode_texts
 from rl_jax.errors import InputError
 from rl_jax.types import PreferenceBatch
 
+LARGEST = float(np.finfo(np.float32).max)  # of a number in a row, since batches are float32
 COLUMNS = (
     "chosen and rejected of pairs; completions with scores or ranks of rankings; or completion, or messages, with "
     "rating of ratings"
@@ -314,7 +315,7 @@ def _checked(value: object, name: str, least: float, most: float) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         raise BrokenRow(f'has a number under "{name}" that is not finite')
     if not least <= number <= most:
         raise BrokenRow(f'has {number:g} under "{name}"; it must be {_range(least, most)}')

@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
 
 from rl_jax.data.batches import shuffled_rows
+from rl_jax.data.files import HALF_SURROGATE, SURROGATE
 from rl_jax.data.tokenizer import encode_texts
 from rl_jax.errors import InputError
 
@@ -52,6 +53,9 @@ def encode_prompts(
     """
     if not texts:
         raise InputError("no prompt was given")
+    for text in texts:
+        if SURROGATE.search(text):  # of a command line that is not UTF-8
+            raise InputError(f"the prompt {_shortened(text)!r} {HALF_SURROGATE}")
     rows = encode_texts(tokenizer, texts)
     for text, ids in zip(texts, rows, strict=True):
         if not len(ids):

@@ -229,7 +229,7 @@ def _member(archive: bytes, ending: str, name: str) -> bytes:
                 if member.isreg() and member.name.endswith(ending) and member.size <= MOST_BYTES:
                     found = tar.extractfile(member)
                     return b"" if found is None else found.read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(
             f"{name} is not an archive that can be read ({error}): it must be that of {PACKAGE}"
         ) from error

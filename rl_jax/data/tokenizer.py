@@ -1,7 +1,9 @@
 """A byte-level BPE vocabulary that loses nothing, in the form that every transformers program loads."""
 
+import json
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -12,6 +14,8 @@ from rl_jax.errors import InputError
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256
 TEXTS_AT_ONCE = 4096  # bounds the memory that Python's integers take
+TRIAL = "In the beginning"
+FILE_SETTINGS = ("_file", "_files", "init_inputs", "vocab", "merges")  # endings of settings that may name files
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -63,12 +67,31 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     if not os.path.isdir(folder):  # which transformers would take for the name of a model to fetch
         raise InputError(f"no tokenizer folder {folder}")
     try:
+        _stay_inside(Path(folder) / "tokenizer_config.json")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust backend raises bare ones
-        raise InputError(f"{folder} holds no tokenizer that transformers can read") from error
-    if tokenizer is None:
-        raise InputError(f"{folder} holds no tokenizer that transformers can read")
+        if tokenizer is None:
+            raise ValueError("transformers knows no tokenizer of this kind")
+        tokenizer(TRIAL, add_special_tokens=False, verbose=False)
+    except InputError:
+        raise
+    except BaseException as error:  # what panics in Rust is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise InputError(
+            f"{folder} holds no tokenizer that transformers can read: copy its files again, or train another"
+        ) from error
     return tokenizer
+
+
+def _stay_inside(path: Path) -> None:
+    """InputError where a tokenizer_config.json has transformers read files elsewhere than beside it."""
+    settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    for name, value in settings.items():
+        if name == "special_tokens_map_file" or not name.endswith(FILE_SETTINGS):
+            continue  # that one is written by old versions, and read by none
+        for file in value if isinstance(value, list) else [value]:
+            if isinstance(file, str) and file != Path(file).name:
+                raise InputError(f"{path} names {file!r} under {name}, which is not beside it: take the line out")
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:

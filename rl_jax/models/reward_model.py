@@ -16,7 +16,16 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from rl_jax.errors import InputError
-from rl_jax.models.huggingface import family, from_tensors, read_model, to_settings, to_tensors
+from rl_jax.models.huggingface import (
+    family,
+    from_tensors,
+    read_model,
+    read_tensor,
+    read_tokenizer,
+    reading,
+    to_settings,
+    to_tensors,
+)
 from rl_jax.models.transformer import TransformerConfig, hidden_states
 from rl_jax.types import Array, PreferenceBatch, PyTree, Rollout
 
@@ -173,25 +182,34 @@ def load_reward_model(folder: Path, dtype: Literal["float32", "bfloat16"] = "flo
     Raises:
         InputError: the folder is not a reward model, or is damaged.
     """
-    from rl_jax.data.tokenizer import load_tokenizer  # slow to import
-
-    try:
-        normalizer = json.loads((folder / "reward.json").read_text("utf-8"))
-        count = len(normalizer["mean"])
-        normalizer = {name: jnp.asarray(normalizer[name], jnp.float32).reshape(count) for name in ("mean", "std")}
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{folder} is not a reward model: it has no reward.json. Give one of train_reward.py's."
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'reward.json'} cannot be read ({error}); copy or train it again.") from error
-    parts = []
-    for number in range(count):
-        config, tensors = read_model(folder / f"member_{number}", dtype)
-        head = tensors.pop(HEAD, None)
-        if head is None or head.shape != (1, config.width):
-            raise InputError(f"{folder / f'member_{number}'} has no reward head of {config.width} numbers ({HEAD}).")
-        kernel = {"kernel": jnp.array(head.T, jnp.float32)}
-        parts.append({**from_tensors(tensors, config), "reward_head": kernel})
+    path = folder / "reward.json"
+    if not path.is_file():
+        raise InputError(f"{folder} is not a reward model: it has no reward.json. Give one of train_reward.py's.")
+    with reading(path):
+        normalizer = _read_normalizer(json.loads(path.read_text("utf-8")))
+    parts, configs = [], []
+    for number in range(len(normalizer["mean"])):
+        place = folder / f"member_{number}"
+        config, tensors = read_model(place, dtype)
+        with reading(place / "model.safetensors"):
+            head = tensors.pop(HEAD, None)
+            if head is None or head.shape != (1, config.width):
+                raise InputError(f"It has no reward head of {config.width} numbers ({HEAD}): copy or train it again.")
+            kernel = {"kernel": jnp.array(read_tensor(HEAD, head, (1, config.width)).T)}
+            parts.append({**from_tensors(tensors, config), "reward_head": kernel})
+        configs.append(config)
+        if config != configs[0]:
+            raise InputError(f"{place} has another config.json than {folder / 'member_0'}: copy or train it again.")
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-    return RewardModel({**params, "normalizer": normalizer}, config, load_tokenizer(folder))
+    return RewardModel({**params, "normalizer": normalizer}, configs[0], read_tokenizer(folder, configs[0]))
+
+
+def _read_normalizer(values: Any) -> dict[str, Array]:
+    """Mean and standard deviation of each member [K], of what reward.json holds; ValueError where it is not that."""
+    with np.errstate(over="ignore"):
+        mean, std = (np.asarray(values[name], np.float32) for name in ("mean", "std"))
+    if mean.ndim != 1 or not len(mean) or mean.shape != std.shape:
+        raise ValueError("mean and std should be lists of one number for each member")
+    if not np.isfinite([mean, std]).all() or not (std > 0).all():
+        raise ValueError("mean and std should be finite, and std positive")
+    return {"mean": jnp.asarray(mean), "std": jnp.asarray(std)}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from rl_jax.masked import masked_mean, masked_sum
 from rl_jax.microbatch import SumParts, sum_over_whole
@@ -43,6 +44,11 @@ class _Batch(NamedTuple):
     advantages: Array
     context: Any
     weights: Array
+
+
+def as_partial(fn: Callable[..., Any]) -> Partial:
+    """A function as a pytree of the arrays that it is bound to; of none where it is not a `Partial` already."""
+    return fn if isinstance(fn, Partial) else Partial(fn)
 
 
 def supply(fn: Callable[..., Any], quantities: dict[str, Any]) -> Any:
@@ -85,7 +91,9 @@ def reinforce_gradient(
     chex.assert_equal_shape_prefix([advantages, mask], advantages.ndim)
     batch = _Batch(rollout, jax.lax.stop_gradient(advantages), context, token_weights(mask, normalize))
 
-    def loss(params: PyTree, part: _Batch) -> tuple[Array, tuple[Scores, Array]]:
+    def loss(
+        params: PyTree, part: _Batch, score_fn: ScoreFn, penalty_fn: PenaltyFn | None
+    ) -> tuple[Array, tuple[Scores, Array]]:
         scores = score_fn(params, part.rollout, part.context)
         weights = jnp.where(part.rollout.completion_mask, part.weights, 0.0)  # a part may mask what is not its own
         quantities = {
@@ -99,11 +107,14 @@ def reinforce_gradient(
             total += masked_sum(weights * penalty_fn(scores, part.context), part.rollout.completion_mask)
         return total, jax.lax.stop_gradient((scores, clipped))
 
-    def gradient(part: _Batch) -> tuple[tuple[Array, PyTree], tuple[Scores, Array]]:
-        (total, rows), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
+    def gradient(
+        params: PyTree, score_fn: ScoreFn, penalty_fn: PenaltyFn | None, part: _Batch
+    ) -> tuple[tuple[Array, PyTree], tuple[Scores, Array]]:
+        (total, rows), grads = jax.value_and_grad(loss, has_aux=True)(params, part, score_fn, penalty_fn)
         return (total, grads), rows
 
-    (total, grads), (scores, clipped) = sum_parts(gradient, batch)
+    fns = (as_partial(score_fn), None if penalty_fn is None else as_partial(penalty_fn))
+    (total, grads), (scores, clipped) = sum_parts(Partial(gradient, params, *fns), batch)
     return grads, {
         "loss": total,
         "entropy": masked_mean(scores.entropy, mask),

@@ -8,6 +8,9 @@ import numpy as np
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from rl_jax.errors import InputError
+from rl_jax.run.interrupt import TimeUp, time_limit
+
+TIME_LIMIT = 60.0  # seconds that a text reward may take for a completion
 
 TextReward = Callable[[str, str], float]
 """Prompt, completion -> reward."""
@@ -34,19 +37,28 @@ def regex_reward(completion: str, pattern: str) -> float:
     return float(bool(re.search(pattern, completion)))
 
 
-def score_texts(reward: TextReward, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+def score_texts(
+    reward: TextReward, prompts: Sequence[str], completions: Sequence[str], *, limit: float = TIME_LIMIT
+) -> np.ndarray:
     """Calls a text reward on each prompt and its completion.
+
+    Args:
+        reward: what is called.
+        prompts: [B].
+        completions: [B].
+        limit: seconds that a call may take. It holds in the main thread, for what runs in Python: see `time_limit`.
 
     Returns:
         float32 [B].
 
     Raises:
-        InputError: the reward failed, or gave something other than a finite number.
+        InputError: the reward failed, took longer than the limit, or gave something other than a finite number.
     """
     rewards = np.empty(len(completions), np.float32)
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         try:
-            rewards[index] = score_text(reward, prompt, completion)
+            with time_limit(limit):
+                rewards[index] = score_text(reward, prompt, completion)
         except InputError as error:
             raise InputError(f"completion {index} of {len(completions)}: {error}") from error
     return rewards
@@ -59,6 +71,8 @@ def score_text(reward: TextReward, prompt: str, completion: str) -> float:
         value = np.asarray(reward(prompt, completion))
     except InputError:  # from a part of this reward, and already explained
         raise
+    except TimeUp as up:
+        raise InputError(f"the reward {name} took longer than {up} s; the completion was {shown}") from None
     except Exception as error:
         raise InputError(
             f"the reward {name} failed with {type(error).__name__}: {error}; the completion was {shown}"

@@ -4,12 +4,15 @@ Orbax finds a missing or a shortened file, yet restores flipped bits in silence.
 stored with the arrays, and a checkpoint that does not match its fingerprints is passed over for the one before.
 """
 
+import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import warnings
 import zlib
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,6 +58,9 @@ def save_checkpoint(checkpoints: Checkpoints, state: TrainState) -> None:
 
     On return `state` may be donated: what is written are the values that it held. A step that is there already is
     not written again.
+
+    Raises:
+        OSError: this checkpoint, or the one that was being written, cannot be; those before it are as they were.
     """
     import orbax.checkpoint as ocp
 
@@ -62,11 +68,12 @@ def save_checkpoint(checkpoints: Checkpoints, state: TrainState) -> None:
     if step in checkpoints.manager.all_steps():
         return
     record = {"config": checkpoints.config, "fingerprints": _fingerprints(state, checkpoints.config)}
-    checkpoints.manager.save(
-        step,
-        args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
-        force=True,
-    )
+    with _writing(checkpoints):
+        checkpoints.manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
+            force=True,
+        )
 
 
 def restore_checkpoint(checkpoints: Checkpoints, like: TrainState) -> TrainState | None:
@@ -89,7 +96,7 @@ def restore_checkpoint(checkpoints: Checkpoints, like: TrainState) -> TrainState
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             state = _read(checkpoints, step, like)
-        except InputError:
+        except (InputError, MemoryError):
             raise
         except Exception as error:  # reading a damaged file may raise anything
             unreadable[step] = " ".join(str(error).split())[:120] or type(error).__name__
@@ -112,13 +119,32 @@ def restore_checkpoint(checkpoints: Checkpoints, like: TrainState) -> TrainState
 
 
 def wait_for_checkpoints(checkpoints: Checkpoints) -> None:
-    """Waits until what is being written is on disk."""
-    checkpoints.manager.wait_until_finished()
+    """Waits until what is being written is on disk. Raises OSError if it cannot be written."""
+    with _writing(checkpoints):
+        checkpoints.manager.wait_until_finished()
 
 
 def close_checkpoints(checkpoints: Checkpoints) -> None:
     """Waits until what is being written is on disk, and lets go of the folder."""
     checkpoints.manager.close()
+
+
+@contextlib.contextmanager
+def _writing(checkpoints: Checkpoints) -> Generator[None]:
+    """Within the context, what the operating system refuses is an OSError that names the folder."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # TensorStore gives a ValueError, with the system's code in its words
+        said = re.search(r"os_error_code='(\d+)'", str(error))
+        if said is not None:
+            reason = os.strerror(int(said.group(1)))
+        elif isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        else:
+            raise
+        raise OSError(
+            f"A checkpoint in {checkpoints.manager.directory} cannot be written: {reason.rstrip('.')}"
+        ) from error
 
 
 def _fingerprints(state: PyTree, config: dict[str, Any]) -> dict[str, int]:

@@ -9,39 +9,53 @@ from pathlib import Path
 from typing import Any
 
 from rl_jax.errors import InputError
+from rl_jax.run import lock
 from rl_jax.run.metrics import describe_device, versions
 
+MAY_DIFFER = ("run", "resume", "machine")
+BEFORE_CONFIG = {lock.FILE, "config.json.tmp"}
+"""What a run that was killed as it began may have left in its folder."""
 
-def check_run(folder: str | Path, config: Any, resume: bool, may_differ: Collection[str] = ("run", "resume")) -> None:
+
+def check_run(folder: str | Path, config: Any, resume: bool, may_differ: Collection[str] = MAY_DIFFER) -> None:
     """Checks that a new run's folder is free, or that the run to be resumed is the one in it; writes nothing.
 
     Args:
         folder: the run's folder.
         config: its settings, a dataclass.
         resume: whether the run continues one that is there.
-        may_differ: settings that a resumed run may change, in dotted names ("resume", "reinforce.steps").
+        may_differ: settings, or groups of them, that a resumed run may change, in dotted names ("reinforce.steps").
 
     Raises:
-        InputError: a new run's folder is taken, or the run to resume is missing or was made with other settings.
+        InputError: another process writes to the folder, a new run's folder is taken, or the run to resume is missing
+            or was made with other settings.
     """
     folder = Path(folder)
+    lock.check_unlocked(folder)
     if resume:
         _check_same_run(folder, jsonable(config), may_differ)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - BEFORE_CONFIG):
         raise InputError(f"{folder} exists; give another --run, remove it, or continue it with --resume.")
 
 
 def open_run(folder: str | Path, script: str, config: Any, **about: Any) -> Path:
     """Makes the folder of a run that `check_run` has accepted, writes its config.json, and returns the folder.
 
+    It is this process's until it ends; the same process may open it again.
+
     Args:
         folder: the run's folder.
         script: the script that runs, such as "experiments/pipeline.py".
         config: its settings, a dataclass.
         about: what else config.json is to say of the run.
+
+    Raises:
+        InputError: another process writes to the folder.
+        OSError: the folder cannot be written to.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    lock.lock_folder(folder)
     facts = {"script": script, "config": jsonable(config), "device": describe_device(), "versions": versions()}
     write_json(folder / "config.json", facts | about)
     return folder
@@ -97,7 +111,8 @@ def _check_same_run(folder: Path, settings: dict[str, Any], may_differ: Collecti
         before = json.loads(path.read_text("utf-8"))["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error!r}); give another --run.") from error
-    found = {name: pair for name, pair in differences(before, settings).items() if name not in may_differ}
+    allowed = tuple(f"{name}." for name in may_differ)
+    found = {name: pair for name, pair in differences(before, settings).items() if not f"{name}.".startswith(allowed)}
     if found:
         raise InputError(
             f"{folder} was run with other settings: {describe_differences(found)}. "

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: the first signal is a request, the second an order."""
+"""Stopping a run from outside: the first signal is a request, the second an order; and stopping what takes too long."""
 
 import contextlib
 import os
@@ -58,3 +58,30 @@ def stop_requests(say: Callable[[str], None]) -> Generator[threading.Event]:
         os.close(writer)
         watcher.join()
         os.close(reader)
+
+
+class TimeUp(BaseException):
+    """What `time_limit` raises, with its seconds. No Exception, so that code which catches those lets it by."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Generator[None]:
+    """Within the context, raises TimeUp after so many seconds.
+
+    It is SIGALRM that interrupts, so this reaches what runs in Python; a call in C is interrupted when it comes back,
+    if it does. Away from the main thread, and where an alarm is set already, nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread() or any(signal.getitimer(signal.ITIMER_REAL)):
+        yield
+        return
+
+    def expire(number: int, frame: FrameType | None) -> None:
+        raise TimeUp(f"{seconds:g}")
+
+    handler = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)

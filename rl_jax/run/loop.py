@@ -1,10 +1,12 @@
 """The loop round the mathematics: progress, metrics, checkpoints, interruption. It knows no model and no algorithm."""
 
+import contextlib
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -12,6 +14,7 @@ import jax
 from rl_jax.errors import InputError
 from rl_jax.run.checkpoint import Checkpoints, save_checkpoint, wait_for_checkpoints
 from rl_jax.run.interrupt import stop_requests
+from rl_jax.run.machine import use_machine
 from rl_jax.run.memory import keep_freed_memory
 from rl_jax.run.metrics import MetricsWriter
 from rl_jax.run.progress import Progress, show_progress
@@ -29,6 +32,18 @@ class Interrupted(Exception):
 
 class RunFailed(Exception):
     """The run cannot go on. The message says why, and what is kept."""
+
+
+class RewardFailed(InputError):
+    """A reward on text failed.
+
+    Attributes:
+        texts: the prompts and completions that were being rewarded, rows for a file.
+    """
+
+    def __init__(self, message: str, texts: Sequence[Mapping[str, str]]) -> None:
+        super().__init__(message)
+        self.texts = texts
 
 
 def train(
@@ -53,6 +68,7 @@ def train(
             tokens that the step processed, is written as "tokens_per_second" by the time from one step to the next
             (null for the first step, which compiles, and for the last); "nonfinite", if there, is the number of
             updates in a row that were skipped.
+            What it raises, it raises before it donates the state.
         state: where to start. It may be donated.
         stage: "pretrain", "rl": the stage's name in the metrics.
         steps: the step to end at.
@@ -69,6 +85,9 @@ def train(
         Interrupted: on SIGINT or SIGTERM, after the step under way, when its state is on disk. A second signal ends
             the run at once.
         RunFailed: three updates in a row were not finite. The checkpoints before them are kept.
+        RewardFailed: a step or a metric of it raised that; the last finished state and the texts are on disk. A metric
+            that failed is null in its row.
+        OSError: a checkpoint or a row cannot be written. The checkpoints before it are kept.
     """
     start = int(state.step)
     if start > steps:
@@ -80,35 +99,58 @@ def train(
         record = _recorder(stage, writer, checkpoints, progress, shown)
         metrics: Mapping[str, Any] | None = None
         step = start
-        while step < steps and not stop.is_set():
-            state, next_metrics = step_fn(state, step)
+        try:
+            while step < steps and not stop.is_set():
+                state, next_metrics = step_fn(state, step)
+                step += 1
+                done, metrics = metrics, next_metrics
+                if done is not None:
+                    record(step - 2, done)
+                # After a skipped update there is nothing new to keep, and good checkpoints would go to make room.
+                if step % checkpoint_every == 0 and step < steps and not int(state.nonfinite):
+                    save_checkpoint(checkpoints, state)
             if metrics is not None:
-                record(step - 1, metrics)
-            metrics, step = next_metrics, step + 1
-            # After a skipped update there is nothing new to keep, and good checkpoints would go to make room for it.
-            if step % checkpoint_every == 0 and step < steps and not int(state.nonfinite):
+                done, metrics = metrics, None
+                record(step - 1, done, last=True)
                 save_checkpoint(checkpoints, state)
-        if metrics is not None:
-            record(step - 1, metrics, last=True)
-            save_checkpoint(checkpoints, state)
-            wait_for_checkpoints(checkpoints)
+                wait_for_checkpoints(checkpoints)
+        except RewardFailed as error:
+            if metrics is not None:
+                with contextlib.suppress(RewardFailed):
+                    record(step - 1, metrics, last=True)
+            if step > start:
+                save_checkpoint(checkpoints, state)
+                wait_for_checkpoints(checkpoints)
+            path = writer.keep(f"unrewarded_{stage}_{step}", error.texts)
+            raise RewardFailed(_unrewarded(error, stage, step, steps, path), error.texts) from error
+        except OSError as error:
+            raise OSError(f"{error}. {_kept(checkpoints)} When that is mended, add --resume to continue.") from error
     if stop.is_set():
         raise Interrupted(f"Stopped: {stage} is saved at step {step} of {steps}. Add --resume to continue from there.")
     return state
 
 
 def run_main(main: Callable[[Any], None], config_class: type, args: Sequence[str] | None = None) -> NoReturn:
-    """Reads `config_class` from the command line, calls `main` with it, and exits.
+    """Reads `config_class` from the command line, sets up its `machine`, if it has one, calls `main`, and exits.
 
-    Exits with 0, with 2 after a mistake of the user's, 130 when stopped by a signal and 1 when the run failed. Each
-    of these shows its message on standard error, without a traceback.
+    Each of these but 0 shows its message on standard error, without a traceback:
+
+    - 0: done.
+    - 1: the run failed, in a way that another attempt would repeat: its updates are not finite.
+    - 2: a mistake of the user's, or a file that cannot be written, such as on a full disk.
+    - 130: stopped, by SIGINT (Ctrl-C) or by SIGTERM (preemption). Within `train` the state is saved first. Elsewhere
+      SIGTERM ends the process as it ends any (143 in a shell), and `--resume` goes on from the last checkpoint.
     """
     import tyro
 
     keep_freed_memory()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    sys.unraisablehook = _show_unraisable
     try:
-        main(tyro.cli(config_class, args=args))
+        config = tyro.cli(config_class, args=args)
+        if hasattr(config, "machine"):
+            use_machine(config.machine)
+        main(config)
     except InputError as error:
         _exit(2, f"error: {error}", "bold red")
     except OSError as error:  # a folder that cannot be written, a full disk
@@ -140,7 +182,12 @@ def _recorder(
         later = {name: value for name, value in metrics.items() if callable(value)}
         there = jax.device_get({name: value for name, value in metrics.items() if name not in later})
         row: dict[str, float | None] = {name: float(value) for name, value in there.items()}
-        row |= {name: float(value()) for name, value in later.items()}
+        failure: RewardFailed | None = None
+        for name, value in later.items():
+            try:
+                row[name] = None if failure else float(value())
+            except RewardFailed as error:
+                row[name], failure = None, error
         tokens, now = row.pop("tokens", None), time.perf_counter()
         if tokens is not None:
             row["tokens_per_second"] = None
@@ -155,18 +202,34 @@ def _recorder(
             progress.say(f"{stage} step {step}: the update was not finite and was skipped ({skipped} in a row).")
         if skipped >= NONFINITE_LIMIT:
             raise RunFailed(_failure(stage, step, checkpoints))
+        if failure is not None:
+            raise failure
 
     return record
 
 
 def _failure(stage: str, step: int, checkpoints: Checkpoints) -> str:
-    wait_for_checkpoints(checkpoints)
-    kept = checkpoints.manager.latest_step()
     return (
-        f"{stage} failed at step {step}: {NONFINITE_LIMIT} updates in a row were not finite. "
-        + ("There was no checkpoint yet." if kept is None else f"The last good checkpoint is kept, at step {kept}.")
-        + " Try a lower learning rate."
+        f"{stage} failed at step {step}: {NONFINITE_LIMIT} updates in a row were not finite. {_kept(checkpoints)} "
+        "Try a lower learning rate."
     )
+
+
+def _unrewarded(error: RewardFailed, stage: str, step: int, steps: int, path: Path) -> str:
+    saved = f"{stage} is saved at step {step} of {steps}" if step else f"{stage} is at its beginning"
+    return f"{error}. The texts are in {path}; {saved}. Mend the reward, then add --resume to continue."
+
+
+def _kept(checkpoints: Checkpoints) -> str:
+    with contextlib.suppress(OSError):
+        wait_for_checkpoints(checkpoints)
+    kept = checkpoints.manager.latest_step()
+    return "There was no checkpoint yet." if kept is None else f"The last good checkpoint is kept, at step {kept}."
+
+
+def _show_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":  # TensorStore's, where a write beside it has failed
+        sys.__unraisablehook__(unraisable)
 
 
 def _exit(code: int, message: str, style: str = "") -> NoReturn:

@@ -1,42 +1,65 @@
 """Every metric of every step: a row of metrics.jsonl, and the same in TensorBoard's event files."""
 
+import contextlib
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import jax
 
 if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
+    from tensorboardX.event_file_writer import EventsWriter
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "rl_jax")
+SYNC_EVERY = 50  # steps after which what TensorBoard reads is sure to be on disk
 
 
 class MetricsWriter(NamedTuple):
-    """Open files of a run's metrics."""
+    """Open files of a run's metrics, in its folder."""
 
+    folder: Path
     rows: TextIO
-    events: "SummaryWriter"
+    events: "EventsWriter"
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Writes one row, and flushes it: a killed run loses none. NaN, infinities and None become null."""
+        """Writes one row, and flushes it: a killed run loses none. NaN, infinities and None become null.
+
+        Raises:
+            OSError: a file cannot be written; it is named.
+        """
+        from tensorboardX.proto.event_pb2 import Event  # pyrefly: ignore[missing-module-attribute]
+        from tensorboardX.summary import Summary
+
         known = {name: float(value) for name, value in metrics.items() if value is not None}
         finite = {name: known[name] if math.isfinite(known.get(name, math.nan)) else None for name in metrics}
-        self.rows.write(json.dumps({"stage": stage, "step": step, **finite}) + "\n")
-        self.rows.flush()
-        for name, value in known.items():
-            self.events.add_scalar(f"{stage}/{name}", value, step)
+        with _naming(self.folder / "metrics.jsonl"):
+            self.rows.write(json.dumps({"stage": stage, "step": step, **finite}) + "\n")
+            self.rows.flush()
+        with _naming(self.folder / "tensorboard"):
+            values = [Summary.Value(tag=f"{stage}/{name}", simple_value=value) for name, value in known.items()]
+            self.events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+            if step % SYNC_EVERY == 0:
+                self.events.flush()
+
+    def keep(self, name: str, rows: Iterable[Mapping[str, str]]) -> Path:
+        """Writes rows to a .jsonl of that name in the folder, and returns its path."""
+        path = self.folder / f"{name}.jsonl"
+        with _naming(path):
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+        return path
 
     def close(self) -> None:
         """Writes what is buffered."""
-        self.rows.close()
-        self.events.close()
+        with _naming(self.folder / "metrics.jsonl"):
+            self.rows.close()
+        with _naming(self.folder / "tensorboard"):
+            self.events.close()
 
 
 def open_metrics(folder: str | Path) -> MetricsWriter:
@@ -44,12 +67,22 @@ def open_metrics(folder: str | Path) -> MetricsWriter:
 
     A resumed run may write the row of a step again; readers take the later one.
     """
-    from tensorboardX import SummaryWriter
+    from tensorboardX.event_file_writer import EventsWriter
 
-    logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # it would warn of each NaN
-    path = Path(folder) / "metrics.jsonl"
+    folder = Path(folder)
+    path = folder / "metrics.jsonl"
     _drop_half_written_row(path)
-    return MetricsWriter(path.open("a", encoding="utf-8"), SummaryWriter(str(Path(folder) / "tensorboard")))
+    (folder / "tensorboard").mkdir(exist_ok=True)
+    return MetricsWriter(folder, path.open("a", encoding="utf-8"), EventsWriter(str(folder / "tensorboard" / "events")))
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Generator[None]:
+    """Within the context, an OSError names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def describe_device() -> str:

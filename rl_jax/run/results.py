@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_jax.run.folder import write_json
-from rl_jax.run.loop import Interrupted, RunFailed
+from rl_jax.run.loop import Interrupted, RewardFailed, RunFailed
 from rl_jax.run.parting import parting_warning
 from rl_jax.run.report import headline, write_report
 from rl_jax.run.run_files import read_run
@@ -26,7 +26,7 @@ def report_if_stopped(folder: Path) -> Generator[None]:
     """Writes the report of what there is when the run within the context is stopped or fails."""
     try:
         yield
-    except (Interrupted, RunFailed):
+    except (Interrupted, RewardFailed, RunFailed):
         write_report(folder)
         raise
 

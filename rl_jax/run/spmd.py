@@ -266,7 +266,7 @@ def _shardings(mesh: Mesh, axes: PyTree) -> PyTree:
 
 
 def _specs(axes: PyTree) -> PyTree:
-    def spec(axis: Any) -> PartitionSpec:
+    def spec(axis: Any) -> Any:
         if isinstance(axis, PartitionSpec) or axis == AS_IT_IS:
             return axis
         return PartitionSpec(*[None] * axis, BATCH) if isinstance(axis, int) else PartitionSpec()
