@@ -85,7 +85,7 @@ def whole(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_saves_in_time_and_the_run_goes_on_as_if_there_had_been_none(whole, tmp_path, number):
     run = Run(tmp_path, "run", whole.steps)
     process = run.start()
