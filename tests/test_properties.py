@@ -8,11 +8,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow
 import pytest
-
-pytest.importorskip("hypothesis", reason="hypothesis is not installed: pip install hypothesis")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from experiments.pretrain import Pretraining, check_batch, check_counts, model_config
 from rl_jax.data.conversations import plain_turns
@@ -113,8 +113,6 @@ def test_any_json_rows_are_judgements_or_named(tmp_path, rows):
 @examples(300)
 @given(rows=st.lists(st.dictionaries(st.sampled_from(COLUMNS[:4]), texts, min_size=1), min_size=1), flips=st.data())
 def test_spoilt_parquet_is_rows_or_one_clear_error(tmp_path, rows, flips):
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "file.parquet"
     names = sorted({name for row in rows for name in row})
     parquet.write_table(pyarrow.table({name: [row.get(name) for row in rows] for name in names}), path)
