@@ -17,10 +17,10 @@ import numpy as np
 
 from benchmarks.work import EOS, FIXED, FIXED_G, SHAPES, SPREAD, Shape, Work, random_prompts, random_windows
 from benchmarks.worker import Job, serve
-from experiments.mapped import make_generate, make_learning, prompt_indices
+from experiments.mapped import make_generate, make_learning, make_update, prompt_indices
 from experiments.options import EstimatorOptions, chosen_estimator
 from rl_jax.keys import Purpose, step_key
-from rl_jax.learner import apply_gradients, init_state, make_optimizer, policy_gradient_update
+from rl_jax.learner import apply_gradients, init_state, make_optimizer
 from rl_jax.models.transformer import TransformerConfig, gpt2, init_params, llama
 from rl_jax.pretraining import pretrain_gradient
 from rl_jax.rollout import generate as sample
@@ -96,25 +96,13 @@ def make_rl_step(
     estimator = chosen_estimator(algorithm, options, work.group_size)
     optimizer = make_optimizer(work.learning_rate, 0.0, 1.0, BETAS)
     sample, learning = make_generate(config, sampling, mesh), make_learning(config, sampling, mesh, work.prompt_length)
+    update = make_update(learning, estimator, optimizer, work.group_size)
 
     def rl_step(
         state: TrainState, ref_params: PyTree, keys: Array, prompts: Array, mask: Array
     ) -> tuple[TrainState, Metrics, Array]:
         rollout = sample(state.params, keys[0], prompts, mask, prompt_indices(prompts))
-        ref_logprobs, ref_states = learning.reference_scores(ref_params, rollout)
-        state, metrics = policy_gradient_update(
-            state,
-            rollout,
-            even_share(rollout),
-            estimator=estimator,
-            score_fn=learning.make_score_fn(ref_params),
-            sum_parts=learning.sum_parts,
-            optimizer=optimizer,
-            group_size=work.group_size,
-            ref_logprobs=ref_logprobs,
-            context=ref_states,
-            key=keys[1],
-        )
+        state, metrics = update(state, ref_params, keys[1], rollout, even_share(rollout))
         return state, metrics, jnp.sum(rollout.completion_mask, axis=1)
 
     compiled = pmapped(rl_step, mesh, (None, None, None, 0, 0), (None, None, 0), donate=(0,))

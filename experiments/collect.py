@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.judge import text_rewards
+from experiments.judge import Failures, KeepFn, tell_failures, text_rewards
 from experiments.mapped import make_generate, prompt_indices
 from rl_jax.data.prompts import prompt_batch
 from rl_jax.keys import Purpose, step_key
@@ -15,7 +15,8 @@ from rl_jax.models.transformer import TransformerConfig
 from rl_jax.reinforce.advantages import zero_signal_groups
 from rl_jax.rewards.compose import Reward
 from rl_jax.rollout import refill_groups
-from rl_jax.run.spmd import AS_IT_IS, make_mesh, pmapped, put
+from rl_jax.run.processes import total
+from rl_jax.run.spmd import AS_IT_IS, fetch, join_rows, make_mesh, pmapped, put, rows_here
 from rl_jax.sampling import Sampling, most_likely
 from rl_jax.types import Array, Metrics, PyTree, Rollout
 
@@ -42,7 +43,7 @@ SampleFn = Callable[[PyTree, PyTree, Array, Array, Array], Collected]
 CollectFn = Callable[[PyTree, PyTree, int], tuple[Collected, Rollout, Metrics]]
 """Params, the reward's params, number of the step -> completions to learn from with all their rewards; the rollout that
 was sampled first, which nothing has selected; and metrics: where groups are replaced, rounds (how many batches were
-sampled), and reward and zero_signal_groups of the first."""
+sampled), and reward and zero_signal_groups of the first; where rewards that fail are replaced, failed_rewards."""
 
 
 def make_sample(
@@ -74,6 +75,7 @@ def make_collect(
     group_size: int,
     rounds: int,
     seed: int,
+    keep: KeepFn | None = None,
 ) -> CollectFn:
     """A function that samples, rewards tokens and text, and replaces groups whose rewards are all equal.
 
@@ -86,6 +88,7 @@ def make_collect(
         group_size: G.
         rounds: batches sampled at most; from the second on, to replace groups.
         seed: of prompts and completions.
+        keep: writes the texts of completions whose reward failed and was replaced.
     """
     mesh = make_mesh()
     mapped_sample = pmapped(sample, mesh, (AS_IT_IS, AS_IT_IS, None, 0, 0), 0)
@@ -94,31 +97,43 @@ def make_collect(
         wanting, unusable = (zero_signal_groups(part.sampled.rewards, group_size) for part in (batch, fresh))
         return refill_groups(batch, fresh, wanting, ~unusable)
 
-    mapped_refill = pmapped(refill, mesh, (0, 0), 0)
+    def describe(rewards: Array) -> Metrics:
+        wanting = zero_signal_groups(rewards, group_size)
+        return {"reward": jnp.mean(rewards), "zero_signal_groups": jnp.mean(wanting, dtype=jnp.float32)}
 
-    def reward_text(part: Rewarded) -> Rewarded:
+    own = rows_here(batch_size, mesh)
+    mapped_refill, mapped_describe = pmapped(refill, mesh, (0, 0), 0), pmapped(describe, mesh, (0,), None)
+
+    def reward_text(part: Rewarded, failures: Failures) -> Rewarded:
         if reward.on_text is None:
             return part
-        rewards = np.asarray(part.rewards) + text_rewards(reward.on_text, tokenizer, part.rollout)
+        rewards = fetch(part.rewards) + text_rewards(reward, tokenizer, part.rollout, failures)
         return part._replace(rewards=put(rewards, mesh, 0))  # as if the device had computed them: one program for both
 
-    def complete(params: PyTree, reward_params: PyTree, key: Array, stream: int, number: int) -> Collected:
-        sampled, greedy = mapped_sample(params, reward_params, key, *prompt_batch(*prompts, batch_size, stream, number))
-        return Collected(reward_text(sampled), None if greedy is None else reward_text(greedy))
-
     def collect(params: PyTree, reward_params: PyTree, number: int) -> tuple[Collected, Rollout, Metrics]:
-        batch = complete(params, reward_params, step_key(seed, Purpose.SAMPLE, number), seed, number)
+        failures: Failures = []
+
+        def complete(key: Array, stream: int, number: int) -> Collected:
+            batch = join_rows(prompt_batch(*prompts, batch_size, stream, number, own), mesh)
+            sampled, greedy = mapped_sample(params, reward_params, key, *batch)
+            return Collected(reward_text(sampled, failures), greedy and reward_text(greedy, failures))
+
+        batch, first, metrics = refilled(complete, number)
+        tell_failures(failures, f"rl_{number}", keep)
+        counted = {} if reward.on_failure == "stop" else {"failed_rewards": jnp.asarray(total(len(failures)))}
+        return batch, first, metrics | counted
+
+    def refilled(complete: Callable[[Array, int, int], Collected], number: int) -> tuple[Collected, Rollout, Metrics]:
+        batch = complete(step_key(seed, Purpose.SAMPLE, number), seed, number)
         first = batch.sampled.rollout
         if rounds == 1:
             return batch, first, {}
-        reward, wanting = jnp.mean(batch.sampled.rewards), zero_signal_groups(batch.sampled.rewards, group_size)
-        metrics = {"reward": reward, "zero_signal_groups": jnp.mean(wanting, dtype=jnp.float32)}
+        metrics = now = mapped_describe(batch.sampled.rewards)
         sampled = 1
-        while sampled < rounds and np.any(zero_signal_groups(batch.sampled.rewards, group_size)):
+        while sampled < rounds and now["zero_signal_groups"] > 0:
             key = jax.random.fold_in(step_key(seed, Purpose.REFILL, number), sampled)
-            batch = mapped_refill(
-                batch, complete(params, reward_params, key, seed + REFILLS, number * rounds + sampled)
-            )
+            batch = mapped_refill(batch, complete(key, seed + REFILLS, number * rounds + sampled))
+            now = mapped_describe(batch.sampled.rewards)
             sampled += 1
         return batch, first, metrics | {"rounds": jnp.asarray(sampled)}
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.complete import SEQUENCES, in_blocks
-from experiments.judge import make_judge
+from experiments.judge import JudgeFn, KeepFn, failures_kept, make_judge
 from rl_jax.data.prompts import decode_completions
 from rl_jax.data.tokenizer import token_pieces
 from rl_jax.evaluation import distinct_n, mean_interval, win_rate
@@ -67,6 +67,7 @@ def compare(
     sampling: Sampling,
     seed: int,
     gold: Reward | None = None,
+    keep: KeepFn | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Complete the same prompts with both policies, each with random numbers of its own.
 
@@ -79,6 +80,7 @@ def compare(
         sampling: as in RL.
         seed: of the completions.
         gold: another reward, to judge them by too.
+        keep: writes the texts of completions whose reward fails.
 
     Returns:
         What the summary says of it, and the pairs of completions that the report shows.
@@ -96,18 +98,19 @@ def compare(
         return rollout, scores, completion_logprobs(ref, rollout, config, tempered), ref_nats
 
     mapped_measure = pmapped(measure, mesh, (AS_IT_IS, AS_IT_IS, AS_IT_IS, None, 0, 0, 0), 0)
-    judges = [make_judge(each, pretrained.tokenizer) for each in (reward, gold) if each is not None]
     params = {"before": put_model(pretrained.params, mesh), "after": put_model(tuned.params, mesh)}
     keys = {side: step_key(seed, Purpose.EVALUATE, number) for number, side in enumerate(params)}
 
-    def complete(side: str) -> Side:
+    def complete(side: str, judges: Sequence[JudgeFn]) -> Side:
         def block(index: np.ndarray, prompts: tuple[np.ndarray, np.ndarray]) -> Side:
             found = mapped_measure(params[side], params["after"], params["before"], keys[side], index, *prompts)
             return Side(*found, *[judge(found[0]) for judge in judges])
 
         return in_blocks(block, prompts, SEQUENCES // settings.completions, f"compare {side}")
 
-    before, after = complete("before"), complete("after")
+    with failures_kept("compare", keep) as failures:
+        judges = [make_judge(each, pretrained.tokenizer, failures) for each in (reward, gold) if each is not None]
+        before, after = complete("before", judges), complete("after", judges)
     summary = _summarise(before, after, settings.completions) | {"reward": reward.name}
     summary |= {} if gold is None else {"gold": gold.name}
     return summary, list(_pairs(before, after, settings.completions, pretrained.tokenizer))

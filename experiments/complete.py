@@ -15,7 +15,7 @@ from rl_jax.models.huggingface import Policy
 from rl_jax.models.layout import put_model
 from rl_jax.models.transformer import TransformerConfig
 from rl_jax.run.progress import show_progress
-from rl_jax.run.spmd import AS_IT_IS, batch_parts, make_mesh, pmapped
+from rl_jax.run.spmd import AS_IT_IS, batch_parts, fetch, make_mesh, pmapped
 from rl_jax.sampling import Sampling, untruncated
 from rl_jax.scoring import Reference, completion_logprobs, completion_states, score_completions
 from rl_jax.types import Array, PyTree, Rollout
@@ -87,7 +87,7 @@ def in_blocks(fn: Callable[[np.ndarray, Any], PyTree], batch: PyTree, size: int,
     with show_progress(stage, 0, len(starts)) as progress:
         for done, start in enumerate(starts, 1):
             index = np.minimum(np.arange(start, start + size), count - 1)
-            parts.append(jax.device_get(fn(index, jax.tree.map(lambda x, index=index: x[index], batch))))
+            parts.append(fetch(fn(index, jax.tree.map(lambda x, index=index: x[index], batch))))
             progress.show(done, {})
     joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
     filled = len(starts) * size

@@ -48,11 +48,18 @@ from rl_jax.evaluation import (
 )
 from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.models.huggingface import load_policy
-from rl_jax.rewards.compose import SETTINGS, RewardConfig, import_function, make_reward
-from rl_jax.rewards.text import score_texts
+from rl_jax.rewards.compose import (
+    SETTINGS,
+    RewardConfig,
+    check_text_settings,
+    import_function,
+    make_reward,
+    try_text_reward,
+)
 from rl_jax.run.folder import check_run
 from rl_jax.run.loop import run_main
 from rl_jax.run.machine import Machine
+from rl_jax.run.processes import is_first, on_first
 from rl_jax.run.tables import open_results, write_table
 from rl_jax.sampling import Sampling
 
@@ -180,13 +187,14 @@ def make_rewards(config: RewardConfig, tokenizer: Any) -> dict[str, JudgeFn]:
             setting: getattr(RewardConfig(), setting)
             for setting, (users, _) in SETTINGS.items()
             if name not in users and set(users) & set(config.names)
-        }
+        } | {setting: getattr(RewardConfig(), setting) for setting in on_text}
         return dataclasses.replace(config, names=(name,), **others)
 
-    rewards = {name: make_reward(alone(name), tokenizer) for name in config.names}
-    for reward in rewards.values():
-        if reward.on_text is not None:  # a mistake in it should show now rather than after sampling
-            score_texts(reward.on_text, ["a"], ["b"])
+    on_text = {setting: getattr(config, setting) for setting in ("time_limit", "on_failure")}
+    rewards = {name: make_reward(alone(name), tokenizer)._replace(**on_text) for name in config.names}
+    check_text_settings(config, any(reward.on_text is not None for reward in rewards.values()))
+    for reward in rewards.values():  # a mistake in one should show now rather than after sampling
+        try_text_reward(reward, ["a"], ["b"])
     return {name: make_judge(reward, tokenizer) for name, reward in rewards.items()}
 
 
@@ -282,7 +290,9 @@ def verdict_lines(
 
 
 def write_lines(path: Path, lines: Iterator[dict[str, Any]]) -> None:
-    """Appends one JSON object a line."""
+    """Appends one JSON object a line; of several processes the first does."""
+    if not is_first():
+        return
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
@@ -299,7 +309,8 @@ def main(config: Config) -> None:
         encoded[name] = encode_prompts(policy.tokenizer, prompts, policy.config.context, config.length)
         samplings[name] = make_sampling(config, policy.tokenizer)
         rewards[name] = make_rewards(config.reward, policy.tokenizer)
-    folder = open_results(config.run)
+    folder = config.run
+    on_first(lambda: open_results(folder))
 
     def sample(name: str, number: int) -> Sampled:
         policy = policies[name]
@@ -316,6 +327,8 @@ def main(config: Config) -> None:
         write_lines(folder / "completions.jsonl", completion_lines(name, samples[name], prompts, config))
     # The best of n of the first policy is compared with completions that it was not chosen from.
     incumbent = sample(next(iter(policies)), len(policies)) if max(config.best_of) > 1 else None
+    if not is_first():
+        return
     binary = [name for name in config.reward.names if all(is_binary(x.rewards[name]) for x in samples.values())]
     asked = [prompt for prompt in prompts for _ in range(config.completions)]
     rows = []

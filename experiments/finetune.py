@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from experiments.judgements import say_left_out, split_rows
+from experiments.mapped import make_sum_microbatches
 from experiments.pretrain import check_batch, check_counts, check_optimizer, learning_rate
 from rl_jax.data.conversations import make_render
 from rl_jax.data.preferences import encode_preferences, padded_batches, preference_batch, read_demonstrations
@@ -32,7 +33,7 @@ from rl_jax.run.loop import run_main, train
 from rl_jax.run.machine import Machine
 from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
-from rl_jax.run.spmd import AS_IT_IS, make_mesh, pmapped
+from rl_jax.run.spmd import AS_IT_IS, join_rows, make_mesh, pmapped, rows_here
 from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, TrainState
 
 CURVE_ROWS = 256  # held-out rows behind a point of the curve; the summary has them all
@@ -131,11 +132,12 @@ def finetune(
 ) -> tuple[Policy, dict[str, Any]]:
     """Fine-tune a policy, or continue to: the policy, and what the summary says of it."""
     config, mesh = policy.config, make_mesh()
+    sum_parts = make_sum_microbatches(mesh)
     schedule = learning_rate(settings.learning_rate, settings.steps, settings.warmup)
     optimizer = make_optimizer(schedule, settings.weight_decay, settings.clip_norm, (0.9, 0.95))
 
     def finetune_update(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
-        grads, metrics = finetune_gradient(state.params, batch, config, settings.microbatches)
+        grads, metrics = finetune_gradient(state.params, batch, config, settings.microbatches, sum_parts)
         rate = jnp.asarray(schedule(state.step))
         state, applied = apply_gradients(state, grads, optimizer)
         tokens = jnp.sum(batch.prompt_mask) + jnp.sum(batch.completion_mask)
@@ -154,10 +156,12 @@ def finetune(
         nats = [mapped_evaluate(params, batch) for batch in padded_batches(part, settings.batch_size)]
         return sum(nats, start=jnp.zeros(())) / part.completion_mask.sum()
 
+    own = rows_here(settings.batch_size, mesh)
     curve = jax.tree.map(lambda part: part[:CURVE_ROWS], rows.held_out)
 
     def step(state: TrainState, number: int) -> tuple[TrainState, Metrics]:
-        state, metrics = mapped_update(state, preference_batch(rows.train, settings.batch_size, seed, number))
+        batch = preference_batch(rows.train, settings.batch_size, seed, number, own)
+        state, metrics = mapped_update(state, join_rows(batch, mesh))
         if (number + 1) % settings.evaluate_every == 0:
             metrics["held_out_loss"] = held_out_loss(state.params, curve)
         return state, metrics

@@ -24,6 +24,7 @@ from rl_jax.models.layout import put_model
 from rl_jax.rollout import generate
 from rl_jax.run.loop import run_main
 from rl_jax.run.machine import Machine
+from rl_jax.run.processes import are_several
 from rl_jax.run.spmd import AS_IT_IS, make_mesh, pmapped
 from rl_jax.sampling import Sampling
 from rl_jax.types import Array, PyTree, Rollout
@@ -62,6 +63,8 @@ def main(config: Config) -> None:
     check_seed(config.seed)
     if config.completions < 1 or config.length < 1:
         raise InputError(f"completions is {config.completions} and length {config.length}; both must be at least 1.")
+    if are_several():
+        raise InputError("This script runs in one process: leave out coordinator.")
     policy = load_policy(config.policy, config.dtype)
     tokenizer, mesh, console = policy.tokenizer, make_mesh(), Console()
     sampling = Sampling(

@@ -6,20 +6,28 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
-from rl_jax.microbatch import Part, SumParts
+from rl_jax.learner import policy_gradient_update
+from rl_jax.microbatch import Part, SumParts, sum_over_microbatches
 from rl_jax.models.transformer import TransformerConfig
 from rl_jax.packing import choose_packing, sum_over_rows
+from rl_jax.pretraining import SumMicrobatches
+from rl_jax.reinforce.composition import Estimator
 from rl_jax.reinforce.gradient import ScoreFn
 from rl_jax.run.spmd import SUM, batch_parts, each_device, has_whole_models
 from rl_jax.sampling import Sampling
 from rl_jax.scoring import make_packed_score_fn, packed_reference_scores
 from rl_jax.slots import generate_in_slots
-from rl_jax.types import Array, PyTree, Rollout
+from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
 
 GenerateFn = Callable[[PyTree, Array, Array, Array, Array], Rollout]
 """Params, key, prompts [N, P], mask, index [N] -> completions."""
+
+UpdateFn = Callable[..., tuple[TrainState, Metrics]]
+"""State, reference's params, key, rollout, rewards [B], and the greedy completions' [B] where the estimator has them ->
+state and metrics of `policy_gradient_update`."""
 
 TOKENS_AT_ONCE = {"cpu": 512}  # in the update; there the caches count, and elsewhere that there is enough to do
 MANY_TOKENS = 16384
@@ -71,6 +79,56 @@ def make_learning(
         make_score_fn=lambda ref_params: make_packed_score_fn(ref_params, config, sampling, packing),
         sum_parts=sum_parts,
     )
+
+
+def make_sum_microbatches(mesh: Mesh) -> SumMicrobatches:
+    """Microbatches, of which each device adds up its own, so that the devices add up what they have once.
+
+    Where they do not have whole models they need each other in every microbatch, and keep in step.
+    """
+
+    def sum_own(fn: Part, batch: PyTree, microbatches: int) -> tuple[PyTree, PyTree]:
+        own = functools.partial(sum_over_microbatches, microbatches=microbatches)
+        return each_device(own, mesh, (None, 0), (SUM, 0))(fn, batch)
+
+    return sum_own if has_whole_models(mesh) else sum_over_microbatches
+
+
+def make_update(
+    learning: Learning,
+    estimator: Estimator,
+    optimizer: optax.GradientTransformation,
+    group_size: int,
+    noise_at_once: int = 0,
+) -> UpdateFn:
+    """One step of an estimator, from the reference's scores to the new state; the numbers are those of its parts."""
+
+    def update(
+        state: TrainState,
+        ref_params: PyTree,
+        key: Array,
+        rollout: Rollout,
+        rewards: Array,
+        greedy_rewards: Array | None = None,
+    ) -> tuple[TrainState, Metrics]:
+        ref_logprobs, ref_states = learning.reference_scores(ref_params, rollout)
+        return policy_gradient_update(
+            state,
+            rollout,
+            rewards,
+            estimator=estimator,
+            score_fn=learning.make_score_fn(ref_params),
+            sum_parts=learning.sum_parts,
+            optimizer=optimizer,
+            group_size=group_size,
+            ref_logprobs=ref_logprobs,
+            context=ref_states,
+            greedy_rewards=greedy_rewards,
+            key=key,
+            noise_at_once=noise_at_once,
+        )
+
+    return update
 
 
 def prompt_indices(prompts: Array) -> Array:

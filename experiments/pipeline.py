@@ -35,6 +35,7 @@ from experiments.reinforce import (
 from experiments.reinforce import check as check_reinforcing
 from experiments.rounds import Preferring, make_learn, prepare
 from experiments.train_reward import Learning
+from rl_jax.data.tokenizer import save_tokenizer
 from rl_jax.errors import InputError
 from rl_jax.models.huggingface import save_policy
 from rl_jax.models.reward_model import RewardModel
@@ -87,7 +88,7 @@ def main(config: Config) -> None:
     estimator = describe_estimator(rl.estimator, rl.options, rl.group_size)
     sampling = make_sampling(rl, text.tokenizer.eos_token_id)
     run = open_run(config.run, "experiments/pipeline.py", config, estimator=estimator)
-    text.tokenizer.save_pretrained(run / "policy")
+    save_tokenizer(run / "policy", text.tokenizer)
     writer = open_metrics(run)
     with timed(seconds, "pretrain"), report_if_stopped(run):
         policy, summary = pretrain(config.pretrain, text, seed, run, writer)
@@ -115,7 +116,9 @@ def main(config: Config) -> None:
         reward, summary = reward._replace(params=last.model.params), summary | {"reward_model": last.summary}
     writer.close()
     with timed(seconds, "compare"):
-        compared, pairs = compare(rl.compare, policy, tuned, reward, prompts.held_out, sampling, seed, gold)
+        compared, pairs = compare(
+            rl.compare, policy, tuned, reward, prompts.held_out, sampling, seed, gold, writer.keep
+        )
     spent = {"seconds": time.perf_counter() - start, "seconds_by_stage": seconds}
     write_results(run, summary | compared | spent | {"seed": seed}, pairs)
 

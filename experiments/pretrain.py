@@ -19,9 +19,10 @@ import numpy as np
 import optax
 import tyro
 
+from experiments.mapped import make_sum_microbatches
 from rl_jax.data.batches import held_out_batches, packed_batch
 from rl_jax.data.corpus import encode_passages, read_passages, split_held_out
-from rl_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from rl_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
@@ -35,7 +36,7 @@ from rl_jax.run.loop import run_main, train
 from rl_jax.run.machine import Machine
 from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
-from rl_jax.run.spmd import AS_IT_IS, batch_parts, make_mesh, pmapped
+from rl_jax.run.spmd import AS_IT_IS, batch_parts, join_rows, make_mesh, pmapped, rows_here
 from rl_jax.types import Array, Metrics, PyTree, TrainState
 
 HELD_OUT = 0.1  # share of the passages that pretraining never sees; RL takes its prompts from them
@@ -184,11 +185,12 @@ def learning_rate(peak: float, steps: int, warmup: int) -> optax.Schedule:
 def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: MetricsWriter) -> tuple[Policy, dict]:
     """Pretrain, or continue to: the policy, and its row of the summary."""
     config, mesh = model_config(settings), make_mesh()
+    sum_parts = make_sum_microbatches(mesh)
     schedule = learning_rate(settings.learning_rate, settings.steps, settings.warmup)
     optimizer = make_optimizer(schedule, settings.weight_decay, settings.clip_norm, (0.9, 0.95))
 
     def update(state: TrainState, tokens: Array) -> tuple[TrainState, Metrics]:
-        grads, metrics = pretrain_gradient(state.params, tokens, config, settings.microbatches)
+        grads, metrics = pretrain_gradient(state.params, tokens, config, settings.microbatches, sum_parts)
         rate = jnp.asarray(schedule(state.step))
         state, applied = apply_gradients(state, grads, optimizer)
         return state, metrics | applied | {"learning_rate": rate, "tokens": jnp.asarray(tokens[:, 1:].size)}
@@ -204,11 +206,12 @@ def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: Me
     def held_out() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         return held_out_batches(text.held_out_tokens, settings.batch_size, settings.context)
 
+    own = rows_here(settings.batch_size, mesh)
     curve = [batch for batch, _ in zip(held_out(), range(CURVE_BATCHES), strict=False)]
 
     def step(state: TrainState, number: int) -> tuple[TrainState, Metrics]:
-        tokens = packed_batch(text.train_tokens, settings.batch_size, settings.context, seed, number)
-        state, metrics = mapped_update(state, tokens)
+        tokens = packed_batch(text.train_tokens, settings.batch_size, settings.context, seed, number, own)
+        state, metrics = mapped_update(state, join_rows(tokens, mesh))
         if (number + 1) % settings.evaluate_every == 0:
             nats = sum(mapped_evaluate(state.params, *batch) for batch in curve)
             metrics["held_out_loss"] = nats / sum(mask.sum() for _, mask in curve)
@@ -251,7 +254,7 @@ def main(config: Config) -> None:
     text = load_text(config.corpus, config.pretrain.vocab_size, saved_tokenizer(config.run, config.resume))
     check(config.pretrain, text, config.seed)
     run = open_run(config.run, "experiments/pretrain.py", config)
-    text.tokenizer.save_pretrained(run / "policy")
+    save_tokenizer(run / "policy", text.tokenizer)
     writer = open_metrics(run)
     with report_if_stopped(run):
         policy, summary = pretrain(config.pretrain, text, config.seed, run, writer)

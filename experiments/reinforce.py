@@ -24,30 +24,29 @@ from experiments.collect import Collected, make_collect, make_sample
 from experiments.compare import Comparing, compare
 from experiments.complete import complete
 from experiments.gold import make_gold_metrics
-from experiments.judge import make_judge
-from experiments.mapped import make_learning
+from experiments.judge import failures_kept, make_judge
+from experiments.mapped import UpdateFn, make_learning, make_update
 from experiments.options import EstimatorOptions, chosen_estimator, describe_estimator
 from experiments.pretrain import HELD_OUT, check_counts, check_optimizer
 from rl_jax.data.corpus import read_passages, split_held_out
 from rl_jax.data.prompts import decode_completions, passage_openings, prompt_batch
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, check_seed, step_key
-from rl_jax.learner import init_state, make_optimizer, policy_gradient_update
+from rl_jax.learner import init_state, make_optimizer
 from rl_jax.microbatch import sum_over_whole
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
-from rl_jax.models.layout import model_axes, put_model
+from rl_jax.models.layout import model_axes, put_model, put_shared
 from rl_jax.models.transformer import TransformerConfig, add_value_head
 from rl_jax.reinforce.estimators import ESTIMATORS
-from rl_jax.rewards.compose import Reward, RewardConfig, make_reward
-from rl_jax.rewards.text import score_texts
-from rl_jax.rollout import check_lengths
-from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint, save_checkpoint
+from rl_jax.rewards.compose import Reward, RewardConfig, make_reward, try_text_reward
+from rl_jax.rollout import check_lengths, compute_params
+from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
 from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.loop import run_main, train
 from rl_jax.run.machine import Machine
 from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
-from rl_jax.run.spmd import AS_IT_IS, batch_parts, make_mesh, pmapped
+from rl_jax.run.spmd import AS_IT_IS, batch_parts, join_rows, make_mesh, pmapped, rows_here
 from rl_jax.sampling import Sampling
 from rl_jax.scoring import make_score_fn
 from rl_jax.sign_check import check_signs
@@ -92,6 +91,9 @@ class Reinforcing:
     """Completions sampled at once, the others waiting their turn, to save memory; 0 for all of them."""
     tokens_at_once: int = 0
     """Tokens that go through the update at once, about, on each device: memory against speed; 0 for what suits it."""
+    reference: Literal["whole", "shared"] = "whole"
+    """Whether each device has the whole of the reference policy, or a part that is gathered for each update: less
+    memory, more to communicate."""
     noise_every: int = 0
     """Updates between measurements of the gradient's noise, by a gradient for each prompt; 0 for none."""
     checkpoint_every: int = 50
@@ -194,9 +196,9 @@ def check(
 
 def check_text_reward(reward: Reward | None, prompts: Prompts, tokenizer: Any) -> None:
     """Try the part of a reward that is a function of text: a mistake in it should show before anything is trained."""
-    if reward is not None and reward.on_text is not None:
+    if reward is not None:
         texts = decode_completions(tokenizer, *(part[:4] for part in prompts.train))
-        score_texts(reward.on_text, texts, texts)
+        try_text_reward(reward, texts, texts)
 
 
 def make_gold(config: RewardConfig, tokenizer: Any) -> Reward | None:
@@ -246,36 +248,25 @@ def reinforce(
     sample = make_sample(config, sampling, reward, estimator.greedy, settings.slots)
     learning = make_learning(config, sampling, mesh, settings.prompt_length, settings.tokens_at_once)
 
+    by_prompt = learning._replace(  # a gradient's noise is between those of one prompt each
+        make_score_fn=lambda ref_params: make_score_fn(ref_params, config, sampling), sum_parts=sum_over_whole
+    )
+    update = make_update(learning, estimator, optimizer, settings.group_size)
+    update_and_measure = make_update(by_prompt, estimator, optimizer, settings.group_size, batch_parts(mesh))
+
     def learn(
-        state: TrainState, ref_params: PyTree, key: Array, collected: Collected, noise_at_once: int = 0
+        state: TrainState, ref_params: PyTree, key: Array, collected: Collected, update: UpdateFn = update
     ) -> tuple[TrainState, Metrics]:
         (rollout, rewards), greedy = collected
-        ref_logprobs, ref_states = learning.reference_scores(ref_params, rollout)
         rate = jnp.asarray(schedule(state.step))
-        score_fn, sum_parts = learning.make_score_fn(ref_params), learning.sum_parts
-        if noise_at_once:  # which takes the gradient of one prompt at a time
-            score_fn, sum_parts = make_score_fn(ref_params, config, sampling), sum_over_whole
-        state, metrics = policy_gradient_update(
-            state,
-            rollout,
-            rewards,
-            estimator=estimator,
-            score_fn=score_fn,
-            sum_parts=sum_parts,
-            optimizer=optimizer,
-            group_size=settings.group_size,
-            ref_logprobs=ref_logprobs,
-            context=ref_states,
-            greedy_rewards=None if greedy is None else jnp.repeat(greedy.rewards, settings.group_size),
-            key=key,
-            noise_at_once=noise_at_once,
-        )
+        greedy_rewards = None if greedy is None else jnp.repeat(greedy.rewards, settings.group_size)
+        state, metrics = update(state, ref_params, key, rollout, rewards, greedy_rewards)
         return state, metrics | {"learning_rate": rate}
 
     def learn_and_measure(
         state: TrainState, ref_params: PyTree, key: Array, collected: Collected
     ) -> tuple[TrainState, Metrics]:
-        return learn(state, ref_params, key, collected, noise_at_once=batch_parts(mesh))
+        return learn(state, ref_params, key, collected, update_and_measure)
 
     def sample_and_learn(
         state: TrainState, ref_params: PyTree, reward_params: PyTree, keys: Array, prompts: Array, mask: Array
@@ -301,19 +292,27 @@ def reinforce(
         group_size=settings.group_size,
         rounds=estimator.sampling_rounds,
         seed=seed,
+        keep=writer.keep,
     )
-    ref_params, reward_params = put_model(policy.params, mesh), {1: put_model(reward.params, mesh)}
-    gold_metrics = None
+    put_reference = put_shared if settings.reference == "shared" else put_model
+    ref_params = put_reference(compute_params(policy.params, config), mesh)  # a reference is never changed
+    reward_params = {1: put_model(reward.params, mesh)}
+    own, gold_metrics = rows_here(settings.prompts, mesh), None
     if gold is not None:
-        judges = {"reward": make_judge(reward, tokenizer), "gold": make_judge(gold, tokenizer)}
         key = step_key(seed, Purpose.REFERENCE)
-        reference = complete(policy, None, prompts.held_out, judges, sampling, key, "reference").rewards
-        gold_metrics = make_gold_metrics(gold, tokenizer, reference["gold"], reference["reward"])
+        with failures_kept("reference", writer.keep) as failures:
+            judges = {
+                name: make_judge(each, tokenizer, failures) for name, each in (("reward", reward), ("gold", gold))
+            }
+            reference = complete(policy, None, prompts.held_out, judges, sampling, key, "reference").rewards
+        gold_metrics = make_gold_metrics(gold, tokenizer, reference["gold"], reference["reward"], writer.keep)
+
+    def round_of(number: int) -> int:
+        return 1 + number * rounds // settings.steps
 
     def params_of_round(state: TrainState, number: int) -> PyTree:
-        current = 1 + number * rounds // settings.steps
+        current = round_of(number)
         if learn_reward is not None and current not in reward_params:
-            save_checkpoint(checkpoints, state)  # learning takes a while, and may be stopped
             reward_params.clear()
             reward_params[current] = put_model(learn_reward(state.params, current), mesh)
         return reward_params[current]
@@ -324,13 +323,13 @@ def reinforce(
         judge_params = params_of_round(state, number)
         if reward.on_text is None and estimator.sampling_rounds == 1 and not measure:
             keys = jnp.stack([step_key(seed, Purpose.SAMPLE, number), shuffle])
-            batch = prompt_batch(*prompts.train, settings.prompts, seed, number)
+            batch = join_rows(prompt_batch(*prompts.train, settings.prompts, seed, number, own), mesh)
             state, metrics, rollout = mapped_step(state, ref_params, judge_params, keys, *batch)
         else:
             collected, rollout, selection = collect(state.params, judge_params, number)
             state, metrics = (mapped_measure if measure else mapped_learn)(state, ref_params, shuffle, collected)
             metrics |= selection
-        return state, metrics | (gold_metrics(rollout, metrics["reward"]) if gold_metrics else {})
+        return state, metrics | (gold_metrics(number, rollout, metrics["reward"]) if gold_metrics else {})
 
     identity = dataclasses.asdict(settings) | {"model": dataclasses.asdict(config), "reward": reward.name, "seed": seed}
     checkpoints = open_checkpoints(run / "checkpoints/rl", identity)
@@ -343,6 +342,7 @@ def reinforce(
         writer=writer,
         checkpoints=checkpoints,
         checkpoint_every=settings.checkpoint_every,
+        saved_at=[n for n in range(1, settings.steps) if round_of(n) > round_of(n - 1)],  # learning may be stopped
         shown=("loss", "reward", *(["gold"] if gold else []), "kl", "tokens_per_second"),
     )
     close_checkpoints(checkpoints)
@@ -368,7 +368,7 @@ def main(config: Config) -> None:
     save_policy(run / "policy", tuned)
     sampling = make_sampling(config.reinforce, policy.tokenizer.eos_token_id)
     summary, pairs = compare(
-        config.reinforce.compare, policy, tuned, reward, prompts.held_out, sampling, config.seed, gold
+        config.reinforce.compare, policy, tuned, reward, prompts.held_out, sampling, config.seed, gold, writer.keep
     )
     write_results(run, summary | {"seed": config.seed, "seconds": time.perf_counter() - start}, pairs)
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from experiments.complete import Sampled, complete
-from experiments.judge import make_judge
+from experiments.judge import Failures, failures_kept, make_judge
 from experiments.judgements import HELD_OUT, Judgements, judge_pairs, kind_of, load_judgements, read_pairs, write_pairs
 from experiments.pretrain import check_counts
 from experiments.reinforce import Prompts
@@ -21,6 +21,7 @@ from rl_jax.models.reward_model import RewardModel, save_reward_model
 from rl_jax.models.transformer import TransformerConfig
 from rl_jax.rewards.compose import Reward
 from rl_jax.run.metrics import MetricsWriter
+from rl_jax.run.processes import is_first, wait_for_all
 from rl_jax.sampling import Sampling
 from rl_jax.types import PreferenceBatch, PyTree
 
@@ -129,7 +130,8 @@ def make_learn(
         run: the run's folder.
         writer: of metrics.
     """
-    judges = {} if gold is None else {"gold": make_judge(gold, policy.tokenizer)}
+    failures: Failures = []
+    judges = {} if gold is None else {"gold": make_judge(gold, policy.tokenizer, failures)}
     in_pairs = dataclasses.replace(sampling, group_size=2)
     order = np.random.default_rng(0).permutation(np.unique(prompts.train[0], axis=0, return_index=True)[1])
     apart = max(round(HELD_OUT * len(order)), 1)
@@ -140,7 +142,8 @@ def make_learn(
         return complete(chosen, None, (asked[rows], mask[rows]), judges, in_pairs, key, stage)
 
     key = step_key(seed, Purpose.REFERENCE, 1)
-    reference = sample(policy.params, key, np.resize(order, NORMALIZING), "reference").rollout
+    with failures_kept("normalizing", writer.keep, failures):
+        reference = sample(policy.params, key, np.resize(order, NORMALIZING), "reference").rollout
 
     def judgements(params: PyTree, number: int) -> Judgements:
         if given is not None:
@@ -149,10 +152,13 @@ def make_learn(
         if not path.exists():
             shuffled = np.random.default_rng([seed, 1, Purpose.PREFERENCE, number]).permutation(order[apart:])
             rows = np.concatenate([np.resize(shuffled, kept), np.resize(order[:apart], settings.pairs - kept)])
-            sampled = sample(params, step_key(seed, Purpose.PREFERENCE, number), rows, "preferences")
+            with failures_kept(f"preferences_{number}", writer.keep, failures):
+                sampled = sample(params, step_key(seed, Purpose.PREFERENCE, number), rows, "preferences")
             noise = [seed, 2, Purpose.PREFERENCE, number]
             judged = judge_pairs(sampled.rollout, sampled.rewards["gold"], settings.noise, noise)
-            write_pairs(path, *judged, policy.tokenizer)
+            if is_first():
+                write_pairs(path, *judged, policy.tokenizer)
+            wait_for_all("pairs are written")
         rounds = [read_pairs(run / f"preferences_{n}.safetensors") for n in range(1, number + 1)]
         train, held_out = (_join(rounds, part) for part in (slice(kept), slice(kept, None)))
         return Judgements(train[0], held_out[0], gaps=held_out[1], votes=np.zeros((len(held_out[1]), 0)))

@@ -23,6 +23,7 @@ import tyro
 
 from experiments.complete import complete
 from experiments.judgements import Judgements, Kind, kind_of, load_judgements, standardise
+from experiments.mapped import make_sum_microbatches
 from experiments.measure_reward import check_direction, diagnostics, held_out_metrics, judge_all
 from experiments.pretrain import check_batch, check_counts, check_optimizer, learning_rate
 from rl_jax.data.preferences import padded_batches, preference_batch
@@ -49,7 +50,7 @@ from rl_jax.run.loop import run_main, train
 from rl_jax.run.machine import Machine
 from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
-from rl_jax.run.spmd import AS_IT_IS, make_mesh, pmapped
+from rl_jax.run.spmd import AS_IT_IS, fetch, join_rows, make_mesh, pmapped, rows_here
 from rl_jax.sampling import Sampling
 from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, Rollout, TrainState
 
@@ -187,11 +188,12 @@ def fit(
         Their params [K, ...], and their rewards of the held-out candidates, as the head reads them [K, M', K'].
     """
     mesh, loss_fn = make_mesh(), make_loss(settings, kind_of(held_out))
+    sum_parts = make_sum_microbatches(mesh)
     schedule = learning_rate(settings.learning_rate, settings.steps, settings.warmup)
     optimizer = make_optimizer(schedule, settings.weight_decay, settings.clip_norm, (0.9, 0.95))
 
     def update(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
-        state, metrics = ensemble_update(state, batch, config, loss_fn, optimizer, settings.microbatches)
+        state, metrics = ensemble_update(state, batch, config, loss_fn, optimizer, settings.microbatches, sum_parts)
         return state, metrics | {"learning_rate": jnp.asarray(schedule(state.step - 1)), "tokens": tokens(batch)}
 
     def evaluate(params: PyTree, batch: PreferenceBatch) -> tuple[Array, Array]:
@@ -205,15 +207,19 @@ def fit(
     mapped_evaluate = pmapped(evaluate, mesh, (AS_IT_IS, 0), (1, 1))
 
     def measure(params: PyTree, data: PreferenceBatch) -> tuple[np.ndarray, np.ndarray]:
-        found = [mapped_evaluate(params, batch) for batch in padded_batches(data, settings.batch_size)]
+        found = fetch([mapped_evaluate(params, batch) for batch in padded_batches(data, settings.batch_size)])
         rewards, losses = (np.concatenate(each, axis=1)[:, : len(data.labels)] for each in zip(*found, strict=True))
         return rewards, losses
 
+    own = rows_here(settings.batch_size, mesh)
     curve = jax.tree.map(lambda rows: rows[:EVALUATED], held_out)
 
     def step(state: TrainState, number: int) -> tuple[TrainState, Mapping[str, Any]]:
-        drawn = [preference_batch(part, settings.batch_size, seed + (k << 64), number) for k, part in enumerate(parts)]
-        state, metrics = mapped_update(state, jax.tree.map(lambda *rows: np.stack(rows), *drawn))
+        drawn = [
+            preference_batch(part, settings.batch_size, seed + (k << 64), number, own) for k, part in enumerate(parts)
+        ]
+        batch = jax.tree.map(lambda *rows: np.stack(rows), *drawn)
+        state, metrics = mapped_update(state, join_rows(batch, mesh, axis=1))
         if (number + 1) % settings.evaluate_every == 0:
             metrics |= held_out_metrics(*measure(state.params, curve), curve)
         return state, metrics
@@ -283,7 +289,7 @@ def train_reward(
 
     model, rewards = fitted(settings.layers, (1.0,) * settings.members, stage)
     judged = judge_all(model, reference)
-    model = model._replace(params=normalize(jax.device_get(model.params), judged))
+    model = model._replace(params=normalize(fetch(model.params), judged))
     summary = {"kind": kind, "members": settings.members, "train_rows": rows, "broken_rows": data.broken}
     summary |= {"held_out_rows": len(data.held_out.labels)}
     summary |= diagnostics(rewards.mean(axis=0), data)

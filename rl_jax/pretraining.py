@@ -3,17 +3,23 @@
 Letters: B windows or prompts, L predicted tokens of a window, C completion length.
 """
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from rl_jax.masked import masked_sum
-from rl_jax.microbatch import sum_over_microbatches
+from rl_jax.microbatch import Part, sum_over_microbatches
 from rl_jax.models.transformer import TransformerConfig, hidden_states
 from rl_jax.reinforce.objectives import token_weights
 from rl_jax.sampling import Sampling
 from rl_jax.scoring import completion_logprobs, token_scores
 from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, Rollout
+
+SumMicrobatches = Callable[[Part, PyTree, int], tuple[PyTree, PyTree]]
+"""As `sum_over_microbatches`."""
 
 
 def language_model_logprobs(params: PyTree, tokens: Array, config: TransformerConfig) -> Array:
@@ -24,7 +30,11 @@ def language_model_logprobs(params: PyTree, tokens: Array, config: TransformerCo
 
 
 def pretrain_gradient(
-    params: PyTree, tokens: Array, config: TransformerConfig, microbatches: int = 1
+    params: PyTree,
+    tokens: Array,
+    config: TransformerConfig,
+    microbatches: int = 1,
+    sum_parts: SumMicrobatches = sum_over_microbatches,
 ) -> tuple[PyTree, Metrics]:
     """Gradient of the mean next-token cross-entropy of packed windows.
 
@@ -33,6 +43,7 @@ def pretrain_gradient(
         tokens: int32 [B, L + 1].
         config: the model's configuration.
         microbatches: parts that the batch is worked through in.
+        sum_parts: how these are added up.
 
     Returns:
         The gradient, shaped as `params`, and {"loss": nats a token}.
@@ -44,10 +55,10 @@ def pretrain_gradient(
         loss = -jnp.sum(weights * language_model_logprobs(params, tokens, config))
         return loss, {"loss": loss}
 
-    def gradient(part: tuple[Array, Array]) -> tuple[tuple[PyTree, Metrics], tuple[()]]:
+    def gradient(params: PyTree, part: tuple[Array, Array]) -> tuple[tuple[PyTree, Metrics], tuple[()]]:
         return jax.grad(loss_fn, has_aux=True)(params, part), ()
 
-    return sum_over_microbatches(gradient, (tokens, weights), microbatches)[0]
+    return sum_parts(Partial(gradient, params), (tokens, weights), microbatches)[0]
 
 
 def held_out_nats(params: PyTree, tokens: Array, mask: Array, config: TransformerConfig) -> Array:
@@ -56,7 +67,11 @@ def held_out_nats(params: PyTree, tokens: Array, mask: Array, config: Transforme
 
 
 def finetune_gradient(
-    params: PyTree, batch: PreferenceBatch, config: TransformerConfig, microbatches: int = 1
+    params: PyTree,
+    batch: PreferenceBatch,
+    config: TransformerConfig,
+    microbatches: int = 1,
+    sum_parts: SumMicrobatches = sum_over_microbatches,
 ) -> tuple[PyTree, Metrics]:
     """Gradient of the mean cross-entropy of the tokens of completions, given their prompts; prompts cost nothing.
 
@@ -67,6 +82,7 @@ def finetune_gradient(
         batch: prompts with one completion each, completions [B, 1, C]; labels and margins count for nothing.
         config: the model's configuration.
         microbatches: parts that the batch is worked through in.
+        sum_parts: how these are added up.
 
     Returns:
         The gradient, shaped as `params`, and {"loss": nats a completion token}.
@@ -79,10 +95,10 @@ def finetune_gradient(
         loss = -jnp.sum(weights * _logprobs(params, rollout, config))
         return loss, {"loss": loss}
 
-    def gradient(part: tuple[Rollout, Array]) -> tuple[tuple[PyTree, Metrics], tuple[()]]:
+    def gradient(params: PyTree, part: tuple[Rollout, Array]) -> tuple[tuple[PyTree, Metrics], tuple[()]]:
         return jax.grad(loss_fn, has_aux=True)(params, part), ()
 
-    return sum_over_microbatches(gradient, (rollout, weights), microbatches)[0]
+    return sum_parts(Partial(gradient, params), (rollout, weights), microbatches)[0]
 
 
 def completion_nats(params: PyTree, batch: PreferenceBatch, config: TransformerConfig) -> Array:

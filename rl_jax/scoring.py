@@ -16,10 +16,12 @@ from rl_jax.models.transformer import TransformerConfig, hidden_states, logits, 
 from rl_jax.packing import Packing, Rows, by_group, from_rows, pack, sum_over_rows, to_rows
 from rl_jax.reinforce.distributions import entropy, exact_kl, token_logprobs
 from rl_jax.reinforce.gradient import ScoreFn, Scores
+from rl_jax.run.spmd import traced_batch_parts, traced_platform
 from rl_jax.sampling import Sampling, untruncated, warp_logits
 from rl_jax.types import Array, PyTree, Rollout
 
-CHUNK_BYTES = 1 << 25  # logits held at once: at twice this size XLA on CPU begins to write to fresh pages
+CHUNK_BYTES = {"cpu": 1 << 25}  # of logits at once on a device: at twice this size XLA begins to write to fresh pages
+MANY_BYTES = 1 << 28  # elsewhere: of 1,365 tokens with a vocabulary of 49,152; a gradient holds a few times as much
 
 
 class Reference(NamedTuple):
@@ -54,7 +56,8 @@ def token_scores(
 ) -> Scores:
     """Scores of tokens from the states that predict them; logits [B, C, V] are never held.
 
-    The columns go through the vocabulary in chunks of about 32 MiB of logits, which the backward pass makes again.
+    The columns go through the vocabulary in chunks, of as many logits as suits a device, which the backward pass makes
+    again.
 
     Args:
         params: the policy's parameters.
@@ -70,8 +73,7 @@ def token_scores(
     chex.assert_rank([states, tokens], [3, 2])
     chex.assert_equal_shape_prefix([states, tokens], 2)
     columns = tokens.shape[1]
-    chunks = -(-4 * tokens.size * config.vocab_size // CHUNK_BYTES)
-    width = -(-columns // min(chunks, columns))
+    width = _columns_at_once(tokens.shape, config.vocab_size)
     ref_params, ref_states = reference or (None, None)
 
     def score(chunk: tuple[Array, Array, Array | None]) -> Scores:
@@ -200,6 +202,14 @@ def _pack(rollout: Rollout, packing: Packing) -> tuple[Rows, Callable[[Array], A
     rows = by_group(functools.partial(pack, packing=packing), packing.groups)(rollout)
     to, back = by_group(to_rows, packing.groups), by_group(from_rows, packing.groups)
     return rows, lambda x: to(x, rows), lambda x: back(x, rows, rollout.completion_mask)
+
+
+def _columns_at_once(shape: tuple[int, ...], vocab_size: int) -> int:
+    """Columns of tokens [B, C] whose logits a device holds at once: it has its own part of the rows."""
+    rows, columns = shape
+    room = CHUNK_BYTES.get(traced_platform(), MANY_BYTES)
+    chunks = -(-4 * rows * columns * vocab_size // (traced_batch_parts() * room))
+    return -(-columns // min(chunks, columns))
 
 
 def _split_columns(x: Array, width: int) -> Array:

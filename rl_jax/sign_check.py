@@ -73,7 +73,7 @@ def check_signs(estimator: Estimator) -> Signs:
     def measure(params: PyTree, ref_table: Array, rollout: Rollout, rewards: Array, coefficient: Array) -> Array:
         return _take_step(estimator, params, ref_table, rollout, rewards, coefficient)
 
-    mapped = pmapped(measure, make_mesh(jax.devices()[:1]), (None,) * 5, None)
+    mapped = pmapped(measure, make_mesh(jax.local_devices()[:1]), (None,) * 5, None)
     raised, _ = np.asarray(mapped(params, ref_table, rollout, paid, jnp.zeros(()))).tolist()
     _refuse_reward(*raised)
     if estimator.kl == "none":

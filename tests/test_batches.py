@@ -21,6 +21,12 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert (batch != packed_batch(TOKENS, 8, 16, seed=2, step=10**9)).any()
 
 
+def test_a_process_makes_its_own_rows_of_a_batch():
+    whole = packed_batch(TOKENS, 8, 16, seed=1, step=3)
+    own = np.array([2, 3, 6])
+    np.testing.assert_array_equal(packed_batch(TOKENS, 8, 16, seed=1, step=3, rows=own), whole[own])
+
+
 def test_every_offset_is_equally_likely():
     first = np.concatenate([packed_batch(TOKENS[:9], 100, 4, seed=0, step=step)[:, 0] for step in range(50)])
     counts = np.bincount(first)

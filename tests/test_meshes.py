@@ -1,6 +1,7 @@
 """The same answers whatever the mesh: along "data", "fsdp" and "tensor", eight devices do what one does."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -10,16 +11,20 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from experiments.mapped import make_generate, make_learning, prompt_indices
+from experiments.mapped import make_generate, make_learning, make_sum_microbatches, make_update, prompt_indices
 from rl_jax import scoring
 from rl_jax.errors import InputError
-from rl_jax.learner import init_state, policy_gradient_update
-from rl_jax.models.layout import model_axes, put_model
+from rl_jax.learner import init_state
+from rl_jax.models.layout import model_axes, put_model, put_shared
+from rl_jax.models.reward_model import init_reward_params, make_backbone
 from rl_jax.models.transformer import add_value_head, gpt2, init_params, llama
+from rl_jax.preferences.learning import ensemble_update, init_ensemble_state
+from rl_jax.preferences.losses import bradley_terry_loss
 from rl_jax.pretraining import pretrain_gradient
 from rl_jax.reinforce.estimators import ESTIMATORS
 from rl_jax.run.spmd import AS_IT_IS, batch_parts, make_mesh, parse_mesh, pmapped, put
 from rl_jax.sampling import Sampling
+from rl_jax.types import PreferenceBatch
 
 MESHES = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)]
 CONFIG = llama(24, 32, layers=2, width=32, heads=8, mlp_width=48)
@@ -49,7 +54,7 @@ def pretrained(sizes, config):
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (16, 13)).astype(np.int32)
 
     def gradient(params, tokens):
-        return pretrain_gradient(params, tokens, config, 2)
+        return pretrain_gradient(params, tokens, config, 2, make_sum_microbatches(mesh))
 
     mapped = pmapped(gradient, mesh, (AS_IT_IS, 0), (model_axes(params, mesh), None))
     return mapped(params, tokens)
@@ -61,33 +66,20 @@ def test_pretraining(sizes, family):
     assert_close(pretrained(sizes, config), jax.device_get(pretrained((1, 1, 1), config)))
 
 
-def reinforced(sizes, name):
+def reinforced(sizes, name, put_reference=put_model):
     """Two RL steps: completions, metrics, and the state after."""
     mesh = mesh_of(sizes)
     estimator = dataclasses.replace(ESTIMATORS[name], sampling_rounds=1)
-    learning = make_learning(CONFIG, SAMPLING, mesh, 6, 40)
+    update = make_update(make_learning(CONFIG, SAMPLING, mesh, 6, 40), estimator, SGD, group_size=2)
     params = add_value_head(PARAMS, CONFIG) if estimator.critic else PARAMS
     state = put_model(init_state(params, SGD, 0.05), mesh)
-    ref_params = put_model(REF_PARAMS, mesh)
+    ref_params = put_reference(REF_PARAMS, mesh)
 
     def step(state, ref_params, key, prompts, mask):
         rollout = make_generate(CONFIG, SAMPLING, mesh)(state.params, key, prompts, mask, prompt_indices(prompts))
-        ref_logprobs, context = learning.reference_scores(ref_params, rollout)
         rewards = jnp.mean(rollout.completions % 3 == 0, axis=1)
-        state, metrics = policy_gradient_update(
-            state,
-            rollout,
-            rewards,
-            estimator=estimator,
-            score_fn=learning.make_score_fn(ref_params),
-            sum_parts=learning.sum_parts,
-            optimizer=SGD,
-            group_size=2,
-            ref_logprobs=ref_logprobs,
-            context=context,
-            greedy_rewards=0.5 * rewards if estimator.greedy else None,
-            key=key,
-        )
+        greedy_rewards = 0.5 * rewards if estimator.greedy else None
+        state, metrics = update(state, ref_params, key, rollout, rewards, greedy_rewards)
         return state, metrics, rollout
 
     axes = model_axes(state, mesh)
@@ -98,28 +90,93 @@ def reinforced(sizes, name):
     return rollout.completions, metrics, state
 
 
+@functools.cache
+def reinforced_alone(name):
+    return jax.device_get(reinforced((1, 1, 1), name))
+
+
+@functools.cache
+def rewarded_alone():
+    return jax.device_get(rewarded((1, 1, 1)))
+
+
 @pytest.mark.parametrize("sizes", MESHES)
 def test_reinforcement(sizes):
-    (completions, *others), (expected, *wanted) = (reinforced(each, "rloo") for each in (sizes, (1, 1, 1)))
+    (completions, *others), (expected, *wanted) = reinforced(sizes, "rloo"), reinforced_alone("rloo")
     assert len(np.unique(expected)) > 10
     np.testing.assert_array_equal(completions, expected)
-    assert_close(others, jax.device_get(wanted))
+    assert_close(others, wanted)
+
+
+def judged(members, candidates=2):
+    """A batch of 16 prompts for each member, whose candidates differ in length. [M, B, ...]."""
+    rng = np.random.default_rng(members)
+    shape = (members, 16, candidates, 5)
+    lengths = rng.integers(1, 6, shape[:3])
+    return PreferenceBatch(
+        prompts=np.stack([np.roll(PROMPTS, member, axis=0) for member in range(members)]),
+        prompt_mask=np.stack([np.roll(MASK, member, axis=0) for member in range(members)]),
+        completions=rng.integers(3, 24, shape).astype(np.int32),
+        completion_mask=np.arange(5) < lengths[..., None],
+        labels=rng.permuted(np.broadcast_to(np.arange(candidates, dtype=np.float32), shape[:3]), axis=2),
+        margins=rng.uniform(size=shape[:2]).astype(np.float32),
+    )
+
+
+def rewarded(sizes, members=2, microbatches=2):
+    """Two updates of reward models: metrics, and the state after."""
+    mesh = mesh_of(sizes)
+    backbone, config = make_backbone(PARAMS, CONFIG, layers=1)
+    keys = jax.random.split(jax.random.key(3), members)
+    params = jax.vmap(lambda key: init_reward_params(key, backbone, config))(keys)
+    state = put_model(init_ensemble_state(params, SGD), mesh)
+
+    def loss(rewards, batch):
+        return bradley_terry_loss(rewards, batch.labels, batch.margins)
+
+    def update(state, batch):
+        return ensemble_update(state, batch, config, loss, SGD, microbatches, make_sum_microbatches(mesh))
+
+    mapped = pmapped(update, mesh, (AS_IT_IS, 1), (model_axes(state, mesh), None), donate=(0,))
+    for number in range(2):
+        state, metrics = mapped(state, jax.tree.map(lambda x, by=number: np.roll(x, by, axis=0), judged(members)))
+    assert mapped._cache_size() == 1
+    return metrics, state
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_reward_training(sizes):
+    (metrics, state), (expected, wanted) = rewarded(sizes), rewarded_alone()
+    assert_close(metrics, expected)
+    assert_close(state, wanted)
+    assert 0 < expected["accuracy"] < 1
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 2, 1)])
 def test_logits_in_chunks(sizes, monkeypatch):
-    expected = jax.device_get(reinforced((1, 1, 1), "rloo"))
-    monkeypatch.setattr(scoring, "CHUNK_BYTES", 1 << 9)
+    expected = reinforced_alone("rloo")
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", {"cpu": 1 << 9})
     assert_close(reinforced(sizes, "rloo"), expected)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), pytest.param((4, 2, 1), marks=pytest.mark.slow)])
+def test_shared_reference(sizes):
+    shared = put_shared(REF_PARAMS, mesh_of(sizes))
+    for array in jax.tree.leaves(shared):
+        if array.ndim > 1:
+            assert array.addressable_shards[0].data.size * (8 if sizes == (8, 1, 1) else 2) == array.size
+    (completions, *others), (expected, *wanted) = reinforced(sizes, "rloo", put_shared), reinforced_alone("rloo")
+    np.testing.assert_array_equal(completions, expected)
+    assert_close(others, wanted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES)
 @pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"rloo"}))
 def test_every_estimator(sizes, name):
-    (completions, *others), (expected, *wanted) = (reinforced(each, name) for each in (sizes, (1, 1, 1)))
+    (completions, *others), (expected, *wanted) = reinforced(sizes, name), reinforced_alone(name)
     np.testing.assert_array_equal(completions, expected)
-    assert_close(others, jax.device_get(wanted))
+    assert_close(others, wanted)
 
 
 def test_layouts_cut_what_divides():
@@ -131,6 +188,11 @@ def test_layouts_cut_what_divides():
     assert block["mlp_norm"]["scale"] == PartitionSpec()
     assert axes["mu"]["block_1"]["mlp"]["down"]["kernel"] == PartitionSpec(None, "tensor", "fsdp")
     assert axes["params"]["embedding"]["embedding"] == PartitionSpec("tensor", "fsdp")
+    other = model_axes(init_params(jax.random.key(0), gpt2(24, 32, layers=1, width=32, heads=8, tied=False)), mesh)
+    mlp = other["block_0"]["mlp"]
+    assert (mlp["up"]["bias"], mlp["down"]["bias"]) == (PartitionSpec("tensor"), PartitionSpec())
+    assert other["position_embedding"]["embedding"] == PartitionSpec(None, "fsdp")
+    assert other["output"]["kernel"] == PartitionSpec("fsdp", "tensor")
     odd = model_axes({"embedding": {"embedding": np.zeros((25, 8))}}, mesh)
     assert odd["embedding"]["embedding"] == PartitionSpec(None, "fsdp")
     shards = put(PARAMS, mesh, model_axes(PARAMS, mesh))["block_0"]["mlp"]["up"]["kernel"].addressable_shards

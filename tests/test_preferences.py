@@ -344,6 +344,8 @@ def test_batches_of_rows_are_those_of_prompts(tokenizer):
         batch = preference_batch(data, 4, seed=1, step=step)
         numbers, _ = prompt_batch(np.arange(10)[:, None], np.ones((10, 1), bool), 4, seed=1, step=step)
         assert batch.margins.tolist() == numbers[:, 0].tolist()
+        own = preference_batch(data, 4, seed=1, step=step, rows=np.array([0, 3]))
+        assert own.margins.tolist() == batch.margins[[0, 3]].tolist()
         for part, whole in zip(jax.tree.leaves(batch), jax.tree.leaves(data), strict=True):
             np.testing.assert_array_equal(part, whole[numbers[:, 0]])
     with pytest.raises(InputError, match="there are 10 judged rows and a batch needs 11"):

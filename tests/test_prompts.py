@@ -77,6 +77,8 @@ def test_a_prompt_batch_is_a_function_of_seed_and_step():
     batch, _ = prompt_batch(prompts, mask, 8, seed=1, step=10**9)
     np.testing.assert_array_equal(batch, prompt_batch(prompts, mask, 8, seed=1, step=10**9)[0])
     assert (batch != prompt_batch(prompts, mask, 8, seed=2, step=10**9)[0]).any()
+    own = np.array([1, 6])
+    np.testing.assert_array_equal(prompt_batch(prompts, mask, 8, seed=1, step=10**9, rows=own)[0], batch[own])
 
 
 def test_a_batch_needs_as_many_prompts():

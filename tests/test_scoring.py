@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,17 @@ from rl_jax.errors import InputError
 from rl_jax.models.transformer import hidden_states, init_params, llama, logits
 from rl_jax.reinforce.distributions import kl_estimate, token_logprobs
 from rl_jax.reinforce.gradient import reinforce_gradient
+from rl_jax.rollout import compute_params
+from rl_jax.run.spmd import each_device, make_mesh, pmapped
 from rl_jax.sampling import Sampling, warp_logits
-from rl_jax.scoring import Reference, completion_logprobs, completion_states, score_completions, token_scores
+from rl_jax.scoring import (
+    Reference,
+    completion_logprobs,
+    completion_states,
+    reference_scores,
+    score_completions,
+    token_scores,
+)
 from rl_jax.types import Rollout
 
 PARAMS, REF_PARAMS = oracles.random_params(1), oracles.random_params(2)
@@ -78,7 +88,7 @@ def test_chunks_change_nothing(monkeypatch, sampling, width, with_reference):
         return scores, gradients
 
     whole = compute()
-    monkeypatch.setattr(scoring, "CHUNK_BYTES", 4 * 3 * VOCAB * width + 3)
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", {"cpu": 4 * 3 * VOCAB * width + 3})
     chunked = compute()
     for array, expected in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
         assert np.all(np.isfinite(expected))
@@ -133,13 +143,55 @@ def largest_logits(traced) -> int:
 
 def test_logits_of_a_batch_are_never_held(monkeypatch):
     whole = ROWS * COMPLETION * LARGE.vocab_size
-    monkeypatch.setattr(scoring, "CHUNK_BYTES", 1 << 22)
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", {"cpu": 1 << 22})
     traced = trace_gradient()
-    assert largest_logits(traced) * 4 <= scoring.CHUNK_BYTES < whole * 4 / 20
+    assert largest_logits(traced) * 4 <= scoring.CHUNK_BYTES["cpu"] < whole * 4 / 20
     memory = traced.lower().compile().memory_analysis()
     assert memory is None or memory.temp_size_in_bytes < whole * 4 / 2
-    monkeypatch.setattr(scoring, "CHUNK_BYTES", whole * 4)
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", {"cpu": whole * 4})
     assert largest_logits(trace_gradient()) == whole  # the search finds them where they are
+
+
+def test_a_reference_may_be_kept_in_the_compute_dtype():
+    rollout, config = oracles.enumerated_rollout(), dataclasses.replace(CONFIG, dtype="bfloat16")
+    kept = compute_params(REF_PARAMS, config)
+    mapped = jax.jit(lambda params: reference_scores(params, rollout, config, Sampling(LENGTH, temperature=0.7)))
+    for array, expected in zip(mapped(kept), mapped(REF_PARAMS), strict=True):
+        np.testing.assert_array_equal(array, expected)
+    assert {x.dtype for x in jax.tree.leaves(kept) if x.ndim > 1} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "platform", "expected"),
+    [
+        ({"data": 1}, "cpu", 20),  # 40 columns of 8 rows and 1,000 tokens are 1,280,000 bytes
+        ({"data": 4}, "cpu", 40),
+        ({"data": 2, "fsdp": 2}, "cpu", 40),
+        ({"data": 1, "fsdp": 2}, "cpu", 40),
+        ({"data": 1, "tensor": 2}, "cpu", 20),
+        ({"data": 1}, "tpu", 10),
+    ],
+)
+def test_a_chunk_is_as_large_as_suits_one_device(sizes, platform, expected, monkeypatch):
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", {"cpu" if platform == "cpu" else "gpu": 640_000})
+    monkeypatch.setattr(scoring, "MANY_BYTES", 320_000)
+    mesh = make_mesh(jax.devices()[: math.prod(sizes.values())], sizes)
+    found = []
+
+    def look(x):
+        found.append(scoring._columns_at_once((8, 40), 1000))
+        return each_device(look_again, mesh, (0,), 0)(x)
+
+    def look_again(x):
+        found.append(scoring._columns_at_once((8, 40), 1000))
+        return x
+
+    pmapped(look, mesh, (0,), 0).lower(jnp.zeros(8))
+    assert found[0] == expected
+    assert found[1] == (20 if platform == "cpu" else 10)  # each device has 8 rows of its own
+    found.clear()
+    jax.eval_shape(look_again, jnp.zeros(8))
+    assert found == [20 if platform == "cpu" else 10]
 
 
 def test_filters_keep_the_sampled_token_and_finite_gradients():

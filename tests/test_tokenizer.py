@@ -4,7 +4,14 @@ import random
 import pytest
 from transformers import AutoTokenizer, LlamaConfig
 
-from rl_jax.data.tokenizer import END_OF_TEXT, encode_texts, load_tokenizer, token_pieces, train_tokenizer
+from rl_jax.data.tokenizer import (
+    END_OF_TEXT,
+    encode_texts,
+    load_tokenizer,
+    save_tokenizer,
+    token_pieces,
+    train_tokenizer,
+)
 from rl_jax.errors import InputError
 
 TEXT = "In the beginning the earth was waste and without form; it was dark on the face of the deep. " * 3
@@ -122,3 +129,22 @@ def test_token_pieces_join_to_the_decoded_text(tokenizer):
         pieces = token_pieces(tokenizer, ids)
         assert len(pieces) == 30
         assert "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_a_tokenizer_that_is_written_again_is_never_half_there(tokenizer, tmp_path):
+    class Killed:
+        def save_pretrained(self, folder):
+            folder.mkdir()
+            (folder / "tokenizer.json").write_text("{")
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "policy"
+    save_tokenizer(folder, tokenizer)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        save_tokenizer(folder, Killed())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    save_tokenizer(folder, tokenizer)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+    assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()

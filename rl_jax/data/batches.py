@@ -6,8 +6,14 @@ import numpy as np
 
 from rl_jax.errors import InputError
 
+RowNumbers = np.ndarray | slice
+"""Numbers of rows of a batch: those that a process has to make of it."""
+ALL = slice(None)
 
-def packed_batch(tokens: np.ndarray, batch_size: int, length: int, seed: int, step: int) -> np.ndarray:
+
+def packed_batch(
+    tokens: np.ndarray, batch_size: int, length: int, seed: int, step: int, rows: RowNumbers = ALL
+) -> np.ndarray:
     """Windows of `length + 1` tokens at random offsets: inputs and the targets one further on.
 
     Args:
@@ -16,9 +22,10 @@ def packed_batch(tokens: np.ndarray, batch_size: int, length: int, seed: int, st
         length: predicted tokens a window.
         seed: which sequence of batches.
         step: which batch of the sequence; none needs the ones before it.
+        rows: those of the batch that are wanted.
 
     Returns:
-        int32 [B, length + 1].
+        int32 [B, length + 1], or those rows of it.
 
     Raises:
         InputError: the corpus is shorter than one window.
@@ -30,7 +37,7 @@ def packed_batch(tokens: np.ndarray, batch_size: int, length: int, seed: int, st
             "give more text or a shorter context"
         )
     starts = np.random.default_rng([seed, step]).integers(offsets, size=(batch_size, 1))
-    return tokens[starts + np.arange(length + 1)]
+    return tokens[starts[rows] + np.arange(length + 1)]
 
 
 def held_out_batches(tokens: np.ndarray, batch_size: int, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rl_jax.data.batches import shuffled_rows
+from rl_jax.data.batches import ALL, RowNumbers, shuffled_rows
 from rl_jax.data.conversations import BrokenRow, Render, plain_turns, read_completion, read_completions
 from rl_jax.data.files import read_rows
 from rl_jax.data.tokenizer import encode_texts
@@ -187,7 +187,9 @@ def encode_preferences(
     return PreferenceBatch(**arrays), [index for index, fit in enumerate(fits) if not fit]
 
 
-def preference_batch(data: PreferenceBatch, batch_size: int, seed: int, step: int) -> PreferenceBatch:
+def preference_batch(
+    data: PreferenceBatch, batch_size: int, seed: int, step: int, rows: RowNumbers = ALL
+) -> PreferenceBatch:
     """Batch `step` of the endless stream of rows, in which every epoch is a fresh permutation of them all.
 
     Args:
@@ -195,12 +197,13 @@ def preference_batch(data: PreferenceBatch, batch_size: int, seed: int, step: in
         batch_size: B.
         seed: which stream.
         step: which batch of it; none needs the ones before it.
+        rows: those of the batch that are wanted.
 
     Raises:
         InputError: M < B.
     """
-    chosen = shuffled_rows(len(data.prompts), batch_size, seed, step, "judged rows")
-    return jax.tree.map(lambda rows: rows[chosen], data)
+    chosen = shuffled_rows(len(data.prompts), batch_size, seed, step, "judged rows")[rows]
+    return jax.tree.map(lambda x: x[chosen], data)
 
 
 def padded_batches(data: PreferenceBatch, batch_size: int) -> Iterator[PreferenceBatch]:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rl_jax.errors import InputError
+from rl_jax.run.processes import is_first
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256
@@ -58,8 +59,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
+def save_tokenizer(folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes a tokenizer to a folder, for `load_tokenizer` and transformers; of several processes the first does.
+
+    Each file is the old one or the new one, whole: a resumed run, which may be killed, writes what it has read.
+    """
+    if is_first():
+        folder = Path(folder)
+        half = folder.with_name(f"{folder.name}.tmp")
+        tokenizer.save_pretrained(half)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in half.iterdir():
+            os.replace(path, folder / path.name)
+        half.rmdir()
+
+
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """Reads a tokenizer from a folder, as `tokenizer.save_pretrained(folder)` writes it; nothing is fetched.
+    """Reads a tokenizer from a folder, as `save_tokenizer` writes it; nothing is fetched.
 
     Raises:
         InputError: there is no such folder, or no tokenizer in it that can be read.

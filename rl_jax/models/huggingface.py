@@ -20,6 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 from rl_jax.errors import InputError
 from rl_jax.models.transformer import TransformerConfig, gpt2, init_params, llama
+from rl_jax.run.processes import is_first
+from rl_jax.run.spmd import fetch
 from rl_jax.types import PyTree
 
 Family = Literal["gpt2", "llama", "qwen2", "qwen3"]
@@ -295,12 +297,17 @@ def _require(settings: Mapping[str, Any], name: str, value: Any) -> None:
 
 
 def save_policy(folder: Path, policy: Policy) -> None:
-    """Write a policy so that `transformers` and `load_policy` read it."""
+    """Write a policy so that `transformers` and `load_policy` read it: the first process does, and all have to ask."""
+    from rl_jax.data.tokenizer import save_tokenizer  # slow to import
+
+    params = fetch(policy.params)
+    if not is_first():
+        return
     settings = to_settings(policy.config, policy.tokenizer.eos_token_id, policy.tokenizer.bos_token_id)
     folder.mkdir(parents=True, exist_ok=True)
-    policy.tokenizer.save_pretrained(folder)
+    save_tokenizer(folder, policy.tokenizer)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-    save_file(to_tensors(policy.params, policy.config), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(to_tensors(params, policy.config), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def load_policy(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32", remat: bool = False) -> Policy:

@@ -5,8 +5,11 @@ adds up over these devices twice (Shoeybi 2019, Megatron-LM). Along "fsdp" the o
 gathered where it is used (Rajbhandari 2020, ZeRO-3).
 """
 
-from rl_jax.run.spmd import Mesh, Rules, lay_out, put
-from rl_jax.types import PyTree
+import jax
+import numpy as np
+
+from rl_jax.run.spmd import Mesh, Rules, batch_parts, has_whole_models, lay_out, put
+from rl_jax.types import Array, PyTree
 
 RULES: Rules = (
     (r"position_embedding/embedding$", (None, "fsdp")),
@@ -25,3 +28,20 @@ def model_axes(tree: PyTree, mesh: Mesh) -> PyTree:
 def put_model(tree: PyTree, mesh: Mesh) -> PyTree:
     """Copies parameters, or a state with them, to the devices, so laid out."""
     return put(tree, mesh, model_axes(tree, mesh))
+
+
+def put_shared(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Copies parameters that are only read to the devices, each of which keeps a part: XLA gathers them for their use.
+
+    Where models are whole each array is cut along its longest axis that divides over the devices; elsewhere the devices
+    share them already.
+    """
+    if not has_whole_models(mesh):
+        return put_model(tree, mesh)
+    parts = batch_parts(mesh)
+
+    def longest_axis(x: Array) -> int | None:
+        sizes = np.shape(x)
+        return max((axis for axis, size in enumerate(sizes) if size % parts == 0), key=sizes.__getitem__, default=None)
+
+    return put(tree, mesh, jax.tree.map(longest_axis, tree))

@@ -27,6 +27,8 @@ from rl_jax.models.huggingface import (
     to_tensors,
 )
 from rl_jax.models.transformer import TransformerConfig, hidden_states
+from rl_jax.run.processes import is_first
+from rl_jax.run.spmd import fetch
 from rl_jax.types import Array, PreferenceBatch, PyTree, Rollout
 
 HEAD = "score.weight"  # its name in the classifiers of transformers
@@ -154,17 +156,23 @@ def save_reward_model(folder: Path, model: RewardModel) -> None:
     """Write an ensemble: a folder for each member, which `transformers` loads as a classifier of one label.
 
     `AutoModelForSequenceClassification` gives the reward before it is normalised, of one sequence at a time: without a
-    padding token it reads the last token of each. Mean and standard deviation are in reward.json.
+    padding token it reads the last token of each. Mean and standard deviation are in reward.json. Of several processes
+    the first does it, and all have to ask.
     """
-    model.tokenizer.save_pretrained(folder)
+    from rl_jax.data.tokenizer import save_tokenizer  # slow to import
+
+    params = fetch(model.params)
+    if not is_first():
+        return
+    save_tokenizer(folder, model.tokenizer)
     settings = to_settings(model.config, model.tokenizer.eos_token_id, model.tokenizer.bos_token_id)
     architecture = settings["architectures"][0]
     for ending in ("ForCausalLM", "LMHeadModel"):
         architecture = architecture.replace(ending, "ForSequenceClassification")
     settings |= {"architectures": [architecture], "num_labels": 1, "pad_token_id": None}
     prefix = "transformer." if family(model.config) == "gpt2" else ""
-    for number in range(members(model.params)):
-        member = jax.tree.map(lambda x, number=number: x[number], model.params)
+    for number in range(members(params)):
+        member = jax.tree.map(lambda x, number=number: x[number], params)
         kernel = member["reward_head"]["kernel"]
         tensors = {prefix + name: value for name, value in to_tensors(member, model.config).items()}
         tensors[HEAD] = np.ascontiguousarray(np.asarray(kernel, np.float32).T)
@@ -172,7 +180,7 @@ def save_reward_model(folder: Path, model: RewardModel) -> None:
         place.mkdir(parents=True, exist_ok=True)
         (place / "config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
-    normalizer = {name: np.asarray(value).tolist() for name, value in model.params["normalizer"].items()}
+    normalizer = {name: np.asarray(value).tolist() for name, value in params["normalizer"].items()}
     (folder / "reward.json").write_text(json.dumps(normalizer, indent=2) + "\n", "utf-8")
 
 

@@ -19,7 +19,7 @@ from jax.tree_util import Partial
 from rl_jax.errors import InputError
 from rl_jax.models.attention import attend
 from rl_jax.models.dense import project
-from rl_jax.run.spmd import traced_once
+from rl_jax.run.spmd import laid_as_batch, laid_whole, traced_once
 from rl_jax.types import Array, PyTree
 
 INIT_STD = 0.02  # GPT-2's; residual projections divide it by sqrt(2 layers)
@@ -131,6 +131,10 @@ def _norm(config: TransformerConfig, name: str) -> nn.Module:
     return kind(epsilon=config.norm_epsilon, dtype=jnp.float32, name=name)
 
 
+def _look_up(table: nn.Embed, rows: Array) -> Array:
+    return jnp.take(laid_whole(table.embedding), rows, axis=0)
+
+
 def rotate(x: Array, positions: Array, theta: float) -> Array:
     """Rotary position embedding (RoFormer, eq. 34), halves rotated against each other.
 
@@ -209,8 +213,8 @@ class Block(nn.Module):
         c = self.config
         normed = _norm(c, "attention_norm")(x).astype(c.dtype)
         mixed, kept = Attention(c, name="attention")(normed, positions, look)
-        x = x + mixed
-        return x + Mlp(c, name="mlp")(_norm(c, "mlp_norm")(x).astype(c.dtype)), kept
+        x = laid_as_batch(x + mixed)
+        return laid_as_batch(x + Mlp(c, name="mlp")(_norm(c, "mlp_norm")(x).astype(c.dtype))), kept
 
 
 class Transformer(nn.Module):
@@ -233,10 +237,11 @@ class Transformer(nn.Module):
     def __call__(self, tokens: Array, positions: Array, looks: Sequence[Look]) -> tuple[Array, tuple[Any, ...]]:
         """States [B, S, D] after the final norm, and what the look of each layer kept."""
         c = self.config
-        x = self.embedding(tokens).astype(c.dtype)
+        x = _look_up(self.embedding, tokens).astype(c.dtype)
         if c.positions == "learned":
-            x = x + self.position_embedding(positions).astype(c.dtype)
-        x = x.reshape(-1, c.width)  # [B S, D]: XLA on CPU shares work among threads along the first axis alone
+            x = x + _look_up(self.position_embedding, positions).astype(c.dtype)
+        # [B S, D]: XLA on CPU shares work among threads along the first axis alone.
+        x = laid_as_batch(x.reshape(-1, c.width))
         kept = []
         for block, look in zip(self.blocks, looks, strict=True):
             x, remembered = block(x, positions, look)

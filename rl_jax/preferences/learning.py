@@ -9,12 +9,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import Partial
 
 from rl_jax.learner import apply_gradients, init_state
 from rl_jax.masked import masked_mean
 from rl_jax.microbatch import sum_over_microbatches
 from rl_jax.models.reward_model import candidate_rewards
 from rl_jax.models.transformer import TransformerConfig
+from rl_jax.pretraining import SumMicrobatches
 from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, TrainState
 
 JudgedLoss = Callable[[Array, PreferenceBatch], Array]
@@ -22,7 +24,12 @@ JudgedLoss = Callable[[Array, PreferenceBatch], Array]
 
 
 def reward_gradient(
-    params: PyTree, batch: PreferenceBatch, config: TransformerConfig, loss_fn: JudgedLoss, microbatches: int = 1
+    params: PyTree,
+    batch: PreferenceBatch,
+    config: TransformerConfig,
+    loss_fn: JudgedLoss,
+    microbatches: int = 1,
+    sum_parts: SumMicrobatches = sum_over_microbatches,
 ) -> tuple[PyTree, Metrics]:
     """Gradient of the mean loss of a batch's prompts, for one member.
 
@@ -32,6 +39,7 @@ def reward_gradient(
         config: the member's configuration.
         loss_fn: what it learns by; see `rl_jax.preferences.losses`.
         microbatches: parts that the batch is worked through in.
+        sum_parts: how these are added up.
 
     Returns:
         The gradient, shaped as `params`, and metrics: loss; accuracy, the share of the batch's ordered pairs of
@@ -44,11 +52,11 @@ def reward_gradient(
         loss = jnp.sum(loss_fn(rewards, part)) / prompts
         return loss, (loss, rewards)
 
-    def gradient(part: PreferenceBatch) -> tuple[tuple[PyTree, Array], Array]:
+    def gradient(params: PyTree, part: PreferenceBatch) -> tuple[tuple[PyTree, Array], Array]:
         grads, (loss, rewards) = jax.grad(loss_of, has_aux=True)(params, part)
         return (grads, loss), rewards
 
-    (grads, loss), rewards = sum_over_microbatches(gradient, batch, microbatches)
+    (grads, loss), rewards = sum_parts(Partial(gradient, params), batch, microbatches)
     metrics = {"loss": loss}
     if batch.labels.shape[1] > 1:
         metrics["accuracy"] = concordance(rewards, batch.labels, jnp.any(batch.completion_mask, axis=2))
@@ -84,6 +92,7 @@ def ensemble_update(
     loss_fn: JudgedLoss,
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
+    sum_parts: SumMicrobatches = sum_over_microbatches,
 ) -> tuple[TrainState, Metrics]:
     """One update of every member of an ensemble, each from its own batch.
 
@@ -94,6 +103,7 @@ def ensemble_update(
         loss_fn: what they learn by.
         optimizer: the transformation whose state `state` holds.
         microbatches: parts that each gradient is accumulated over.
+        sum_parts: how these are added up.
 
     Returns:
         The state after, and the metrics of `reward_gradient` and `apply_gradients`, their means over members (of
@@ -101,7 +111,7 @@ def ensemble_update(
     """
 
     def member(params: PyTree, opt_state: PyTree, part: PreferenceBatch) -> tuple[PyTree, PyTree, Array, Metrics]:
-        grads, metrics = reward_gradient(params, part, config, loss_fn, microbatches)
+        grads, metrics = reward_gradient(params, part, config, loss_fn, microbatches, sum_parts)
         after, applied = apply_gradients(
             dataclasses.replace(state, params=params, opt_state=opt_state), grads, optimizer
         )

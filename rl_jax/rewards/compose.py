@@ -10,7 +10,7 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -28,7 +28,15 @@ from rl_jax.rewards.learned import (
     mean_reward,
     minimum_reward,
 )
-from rl_jax.rewards.text import TextReward, keyword_reward, regex_reward, score_text, sentiment
+from rl_jax.rewards.text import (
+    TIME_LIMIT,
+    TextReward,
+    keyword_reward,
+    regex_reward,
+    score_text,
+    score_texts,
+    sentiment,
+)
 from rl_jax.rewards.tokens import length_reward, repetition_penalty, token_share
 from rl_jax.types import Array, PyTree, RewardFn, Rollout
 
@@ -41,6 +49,7 @@ SETTINGS = {  # which rewards use a setting, and whether they need it
     "combine": (("learned",), False),
     "spread_weight": (("learned",), False),
 }
+OnFailure = Literal["stop"] | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +86,14 @@ class RewardConfig:
     spread_weight: float = 0.0
     """The factor of the spread in mean_minus_spread, above 0."""
 
+    time_limit: float = TIME_LIMIT
+    """Seconds that the rewards on text may take for a completion."""
+
+    on_failure: OnFailure = "stop"
+    """What happens where a reward on text raises, takes too long or gives no finite number. stop: the run stops, saved
+    and with the texts kept. A number: the completion gets that for its rewards on text, weights and all; the run keeps
+    its text, says so and goes on."""
+
 
 class Reward(NamedTuple):
     """A reward in its two parts, whose sum it is; a part that has nothing in it is None.
@@ -87,6 +104,8 @@ class Reward(NamedTuple):
         on_text: the part on the host, prompt, completion -> number.
         params: what the part inside the step is given: those of a reward model, or nothing.
         context: the longest prompt and completion together that it can read, in tokens.
+        time_limit: seconds that the part on text may take for a completion.
+        on_failure: "stop", or what the part on text gives a completion for which it fails.
     """
 
     name: str
@@ -94,6 +113,8 @@ class Reward(NamedTuple):
     on_text: TextReward | None
     params: PyTree = ()
     context: float = math.inf
+    time_limit: float = TIME_LIMIT
+    on_failure: OnFailure = "stop"
 
 
 def make_reward(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, model: RewardModel | None = None) -> Reward:
@@ -122,13 +143,45 @@ def make_reward(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, model:
     def text_sum(prompt: str, completion: str) -> float:
         return sum(weight * score_text(reward, prompt, completion) for weight, reward in on_text)
 
+    check_text_settings(config, bool(on_text))
     return Reward(
         name=_sum_name(config.names, weights),
         on_tokens=tokens_sum if on_tokens else None,
         on_text=text_sum if on_text else None,
         params=model.params if model and "learned" in config.names else (),
         context=model.config.context if model and "learned" in config.names else math.inf,
+        time_limit=config.time_limit,
+        on_failure=config.on_failure,
     )
+
+
+def check_text_settings(config: RewardConfig, used: bool) -> None:
+    """Raises InputError for settings of rewards on text that cannot work, or that nothing uses."""
+    if not 0 < config.time_limit < math.inf:
+        raise InputError(f"time_limit is {config.time_limit:g}: give a number of seconds above 0")
+    if config.on_failure != "stop" and not abs(config.on_failure) <= float(jnp.finfo(jnp.float32).max):
+        raise InputError(f"on_failure is {config.on_failure}: give stop, or a finite number")
+    for setting, default in (("time_limit", TIME_LIMIT), ("on_failure", "stop")):
+        if not used and getattr(config, setting) != default:
+            raise InputError(f"{setting} is given, and no reward is on text: leave it out")
+
+
+def try_text_reward(reward: Reward, prompts: Sequence[str], completions: Sequence[str]) -> None:
+    """Calls a reward on text so that a mistake in it shows before any long work.
+
+    Raises:
+        InputError: it failed for a completion, or where failures are replaced, for all of them.
+    """
+    failed: list[InputError] = []
+
+    def note(number: int, error: InputError) -> float:
+        failed.append(error)
+        if reward.on_failure == "stop" or len(failed) == len(completions):
+            raise failed[0]
+        return reward.on_failure
+
+    if reward.on_text is not None:
+        score_texts(reward.on_text, prompts, completions, limit=reward.time_limit, on_failure=note)
 
 
 def _check(config: RewardConfig) -> None:

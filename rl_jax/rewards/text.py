@@ -15,6 +15,14 @@ TIME_LIMIT = 60.0  # seconds that a text reward may take for a completion
 TextReward = Callable[[str, str], float]
 """Prompt, completion -> reward."""
 
+FailureFn = Callable[[int, InputError], float]
+"""Number of a completion, why its reward failed -> the reward that it gets instead; or it raises the error."""
+
+
+def raise_failure(number: int, error: InputError) -> float:
+    """No reward is replaced: what failed is raised."""
+    raise error
+
 
 def sentiment(prompt: str, completion: str) -> float:
     """Sentiment of the completion: VADER's compound score (Hutto and Gilbert 2014), in [-1, 1]."""
@@ -38,7 +46,12 @@ def regex_reward(completion: str, pattern: str) -> float:
 
 
 def score_texts(
-    reward: TextReward, prompts: Sequence[str], completions: Sequence[str], *, limit: float = TIME_LIMIT
+    reward: TextReward,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    limit: float = TIME_LIMIT,
+    on_failure: FailureFn = raise_failure,
 ) -> np.ndarray:
     """Calls a text reward on each prompt and its completion.
 
@@ -47,12 +60,14 @@ def score_texts(
         prompts: [B].
         completions: [B].
         limit: seconds that a call may take. It holds in the main thread, for what runs in Python: see `time_limit`.
+        on_failure: what becomes of a completion whose reward raised, took longer than the limit, or was something other
+            than a finite number.
 
     Returns:
         float32 [B].
 
     Raises:
-        InputError: the reward failed, took longer than the limit, or gave something other than a finite number.
+        InputError: from `on_failure`.
     """
     rewards = np.empty(len(completions), np.float32)
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -60,7 +75,9 @@ def score_texts(
             with time_limit(limit):
                 rewards[index] = score_text(reward, prompt, completion)
         except InputError as error:
-            raise InputError(f"completion {index} of {len(completions)}: {error}") from error
+            failure = InputError(f"completion {index} of {len(completions)}: {error}")
+            failure.__cause__ = error
+            rewards[index] = on_failure(index, failure)
     return rewards
 
 

@@ -20,6 +20,7 @@ import jax
 
 from rl_jax.errors import InputError
 from rl_jax.run.folder import describe_differences, differences, jsonable
+from rl_jax.run.processes import is_first, wait_for_all
 from rl_jax.run.spmd import fingerprint
 from rl_jax.types import PyTree, TrainState
 
@@ -173,7 +174,9 @@ def _read(checkpoints: Checkpoints, step: int, like: TrainState) -> TrainState:
 
 
 def _set_aside(manager: "CheckpointManager", step: int) -> None:
-    aside = manager.directory / f"{ASIDE}{step}"
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(manager.directory / str(step), aside)
+    if is_first():
+        aside = manager.directory / f"{ASIDE}{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(manager.directory / str(step), aside)
+    wait_for_all("a checkpoint is set aside")
     manager.reload()

@@ -11,8 +11,14 @@ from typing import Any
 from rl_jax.errors import InputError
 from rl_jax.run import lock
 from rl_jax.run.metrics import describe_device, versions
+from rl_jax.run.processes import is_first, on_first
 
-MAY_DIFFER = ("run", "resume", "machine")
+MAY_DIFFER = (
+    "run",
+    "resume",
+    "machine",
+    *(f"{r}.{x}" for r in ("reward", "gold") for x in ("time_limit", "on_failure")),
+)
 BEFORE_CONFIG = {lock.FILE, "config.json.tmp"}
 """What a run that was killed as it began may have left in its folder."""
 
@@ -31,17 +37,21 @@ def check_run(folder: str | Path, config: Any, resume: bool, may_differ: Collect
             or was made with other settings.
     """
     folder = Path(folder)
-    lock.check_unlocked(folder)
-    if resume:
-        _check_same_run(folder, jsonable(config), may_differ)
-    elif folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - BEFORE_CONFIG):
-        raise InputError(f"{folder} exists; give another --run, remove it, or continue it with --resume.")
+
+    def check() -> None:
+        lock.check_unlocked(folder)
+        if resume:
+            _check_same_run(folder, jsonable(config), may_differ)
+        elif folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - BEFORE_CONFIG):
+            raise InputError(f"{folder} exists; give another --run, remove it, or continue it with --resume.")
+
+    on_first(check)
 
 
 def open_run(folder: str | Path, script: str, config: Any, **about: Any) -> Path:
     """Makes the folder of a run that `check_run` has accepted, writes its config.json, and returns the folder.
 
-    It is this process's until it ends; the same process may open it again.
+    It is this process's, or that of the first of several, until it ends; the same process may open it again.
 
     Args:
         folder: the run's folder.
@@ -54,15 +64,21 @@ def open_run(folder: str | Path, script: str, config: Any, **about: Any) -> Path
         OSError: the folder cannot be written to.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock.lock_folder(folder)
-    facts = {"script": script, "config": jsonable(config), "device": describe_device(), "versions": versions()}
-    write_json(folder / "config.json", facts | about)
+
+    def make() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.lock_folder(folder)
+        facts = {"script": script, "config": jsonable(config), "device": describe_device(), "versions": versions()}
+        write_json(folder / "config.json", facts | about)
+
+    on_first(make)
     return folder
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` so that a reader finds the old file or the new one whole; NaN and infinities become null."""
+    if not is_first():
+        return
     path = Path(path)
     half = path.with_name(path.name + ".tmp")
     half.write_text(json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +17,7 @@ from rl_jax.run.interrupt import stop_requests
 from rl_jax.run.machine import use_machine
 from rl_jax.run.memory import keep_freed_memory
 from rl_jax.run.metrics import MetricsWriter
+from rl_jax.run.processes import agreed, are_several, leave, number
 from rl_jax.run.progress import Progress, show_progress
 from rl_jax.types import TrainState
 
@@ -38,7 +39,7 @@ class RewardFailed(InputError):
     """A reward on text failed.
 
     Attributes:
-        texts: the prompts and completions that were being rewarded, rows for a file.
+        texts: the prompts and completions that were being rewarded, rows for a file; none if they are in one already.
     """
 
     def __init__(self, message: str, texts: Sequence[Mapping[str, str]]) -> None:
@@ -55,12 +56,14 @@ def train(
     writer: MetricsWriter,
     checkpoints: Checkpoints,
     checkpoint_every: int,
+    saved_at: Collection[int] = (),
     shown: Sequence[str] = ("loss", "tokens_per_second"),
 ) -> TrainState:
     """Runs `step_fn` from step `state.step` to step `steps`.
 
     The metrics of a step are fetched when the next step has been dispatched, so that the device need not wait for
-    the host. The row of metrics numbered i is that of the update from step i to i + 1.
+    the host; where a checkpoint follows, before it. The row of metrics numbered i is that of the update from step i to
+    i + 1.
 
     Args:
         step_fn: (state, step) -> (state, metrics): one update, and scalars by name, or functions that give one, which
@@ -75,6 +78,7 @@ def train(
         writer: takes the metrics of each step.
         checkpoints: take the state every `checkpoint_every` steps, and at the end.
         checkpoint_every: steps from one checkpoint to the next.
+        saved_at: further steps to save the state at, such as those that begin with what takes long.
         shown: names of the metrics to show on the way; tokens_per_second as its average so far.
 
     Returns:
@@ -98,20 +102,23 @@ def train(
     with show_progress(stage, start, steps) as progress, stop_requests(progress.say) as stop:
         record = _recorder(stage, writer, checkpoints, progress, shown)
         metrics: Mapping[str, Any] | None = None
-        step = start
+        step, stopping = start, agreed(stop)
         try:
-            while step < steps and not stop.is_set():
+            while step < steps and not stopping():
                 state, next_metrics = step_fn(state, step)
                 step += 1
                 done, metrics = metrics, next_metrics
                 if done is not None:
                     record(step - 2, done)
                 # After a skipped update there is nothing new to keep, and good checkpoints would go to make room.
-                if step % checkpoint_every == 0 and step < steps and not int(state.nonfinite):
+                if (step % checkpoint_every == 0 or step in saved_at) and step < steps and not int(state.nonfinite):
+                    done, metrics = metrics, None
+                    record(step - 1, done)  # first: a run that is killed goes on from here, and would not write it
                     save_checkpoint(checkpoints, state)
-            if metrics is not None:
-                done, metrics = metrics, None
-                record(step - 1, done, last=True)
+            if step > start:
+                if metrics is not None:
+                    done, metrics = metrics, None
+                    record(step - 1, done, last=True)
                 save_checkpoint(checkpoints, state)
                 wait_for_checkpoints(checkpoints)
         except RewardFailed as error:
@@ -121,11 +128,14 @@ def train(
             if step > start:
                 save_checkpoint(checkpoints, state)
                 wait_for_checkpoints(checkpoints)
+            if not error.texts:
+                raise  # where it was raised, they were kept
             path = writer.keep(f"unrewarded_{stage}_{step}", error.texts)
             raise RewardFailed(_unrewarded(error, stage, step, steps, path), error.texts) from error
         except OSError as error:
             raise OSError(f"{error}. {_kept(checkpoints)} When that is mended, add --resume to continue.") from error
-    if stop.is_set():
+        stopped = stopping()
+    if stopped:
         raise Interrupted(f"Stopped: {stage} is saved at step {step} of {steps}. Add --resume to continue from there.")
     return state
 
@@ -138,6 +148,8 @@ def run_main(main: Callable[[Any], None], config_class: type, args: Sequence[str
     - 0: done.
     - 1: the run failed, in a way that another attempt would repeat: its updates are not finite.
     - 2: a mistake of the user's, or a file that cannot be written, such as on a full disk.
+    - 3: another process of the run was lost. Where JAX's runtime sees that first it ends the process itself (134 in a
+      shell).
     - 130: stopped, by SIGINT (Ctrl-C) or by SIGTERM (preemption). Within `train` the state is saved first. Elsewhere
       SIGTERM ends the process as it ends any (143 in a shell), and `--resume` goes on from the last checkpoint.
     """
@@ -159,10 +171,13 @@ def run_main(main: Callable[[Any], None], config_class: type, args: Sequence[str
         _exit(1, f"error: {error}", "bold red")
     except Interrupted as error:
         _exit(130, str(error))
+    except jax.errors.JaxRuntimeError as error:
+        if not are_several():
+            raise
+        _exit(3, _lost(error), "bold red", at_once=True)
     except KeyboardInterrupt:
-        _print("Stopped.")
-        sys.stdout.flush()
-        os._exit(130)  # sys.exit would first wait for XLA to finish a compilation
+        _exit(130, "Stopped.", at_once=True)
+    leave(0)
     sys.exit(0)
 
 
@@ -232,12 +247,22 @@ def _show_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _exit(code: int, message: str, style: str = "") -> NoReturn:
-    _print(message, style)
-    sys.exit(code)
+def _lost(error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0][:200]
+    return (
+        f"error: another process of this run was lost ({reason}). The checkpoints are whole: start all processes "
+        "again, with --resume."
+    )
 
 
-def _print(message: str, style: str = "") -> None:
+def _exit(code: int, message: str, style: str = "", at_once: bool = False) -> NoReturn:
+    """Shows a message on standard error, and exits; at once where XLA would not, which may compile or wait."""
     from rich.console import Console
 
-    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(message, style=style)
+    said = f"{name}: {message}" if (name := number()) else message
+    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(said, style=style)
+    leave(code)
+    if at_once:
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import jax
 
+from rl_jax.run.processes import is_first
+
 if TYPE_CHECKING:
     from tensorboardX.event_file_writer import EventsWriter
 
@@ -21,18 +23,22 @@ SYNC_EVERY = 50  # steps after which what TensorBoard reads is sure to be on dis
 
 
 class MetricsWriter(NamedTuple):
-    """Open files of a run's metrics, in its folder."""
+    """Open files of a run's metrics, in its folder; without events it writes nothing."""
 
     folder: Path
     rows: TextIO
-    events: "EventsWriter"
+    events: "EventsWriter | None"
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float | None]) -> None:
         """Writes one row, and flushes it: a killed run loses none. NaN, infinities and None become null.
 
+        Of several processes the first alone does.
+
         Raises:
             OSError: a file cannot be written; it is named.
         """
+        if self.events is None:
+            return
         from tensorboardX.proto.event_pb2 import Event  # pyrefly: ignore[missing-module-attribute]
         from tensorboardX.summary import Summary
 
@@ -48,8 +54,8 @@ class MetricsWriter(NamedTuple):
                 self.events.flush()
 
     def keep(self, name: str, rows: Iterable[Mapping[str, str]]) -> Path:
-        """Writes rows to a .jsonl of that name in the folder, and returns its path."""
-        path = self.folder / f"{name}.jsonl"
+        """Writes rows to a .jsonl of that name in the folder, and returns its path; each process has its own."""
+        path = self.folder / f"{name}{'' if is_first() else f'_process_{jax.process_index()}'}.jsonl"
         with _naming(path):
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
         return path
@@ -59,7 +65,8 @@ class MetricsWriter(NamedTuple):
         with _naming(self.folder / "metrics.jsonl"):
             self.rows.close()
         with _naming(self.folder / "tensorboard"):
-            self.events.close()
+            if self.events is not None:
+                self.events.close()
 
 
 def open_metrics(folder: str | Path) -> MetricsWriter:
@@ -70,6 +77,8 @@ def open_metrics(folder: str | Path) -> MetricsWriter:
     from tensorboardX.event_file_writer import EventsWriter
 
     folder = Path(folder)
+    if not is_first():
+        return MetricsWriter(folder, open(os.devnull, "w"), None)
     path = folder / "metrics.jsonl"
     _drop_half_written_row(path)
     (folder / "tensorboard").mkdir(exist_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 from rl_jax.run.folder import write_json
 from rl_jax.run.loop import Interrupted, RewardFailed, RunFailed
 from rl_jax.run.parting import parting_warning
+from rl_jax.run.processes import is_first
 from rl_jax.run.report import headline, write_report
 from rl_jax.run.run_files import read_run
 
@@ -27,12 +28,15 @@ def report_if_stopped(folder: Path) -> Generator[None]:
     try:
         yield
     except (Interrupted, RewardFailed, RunFailed):
-        write_report(folder)
+        if is_first():
+            write_report(folder)
         raise
 
 
 def write_results(folder: Path, summary: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]] = ()) -> None:
     """Writes summary.json, completions.json where there are pairs, and the report; prints what came out, and where."""
+    if not is_first():
+        return
     write_json(folder / "summary.json", summary)
     if pairs:
         write_json(folder / "completions.json", {"pairs": pairs})

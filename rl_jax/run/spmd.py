@@ -124,7 +124,10 @@ def pmapped(
         an axis to be cut is not a multiple of the number of devices.
     """
     compiled: Any = jax.jit(
-        fn, in_shardings=_shardings(mesh, in_axes), out_shardings=_shardings(mesh, out_axes), donate_argnums=donate
+        _knowing(mesh, fn),
+        in_shardings=_shardings(mesh, in_axes),
+        out_shardings=_shardings(mesh, out_axes),
+        donate_argnums=donate,
     )
     name = getattr(fn, "__name__", "the function")
 
@@ -204,20 +207,73 @@ def fetch(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: _gathered(x) if isinstance(x, jax.Array) else np.asarray(x), tree)
 
 
-def own_rows(tree: PyTree) -> PyTree:
-    """NumPy arrays of the rows of a batch that are on this process's devices, in their order."""
+def rows_here(count: int, mesh: Mesh) -> np.ndarray:
+    """Numbers of the rows of a batch of so many that are on this process's devices: what it has to load. [n].
 
-    def rows(x: jax.Array) -> np.ndarray:
-        parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}  # copies along "tensor"
+    Raises:
+        InputError: the devices cannot share them equally.
+    """
+    _check_divisible(0, np.empty(count), mesh, "The batch")
+    parts = _shardings(mesh, 0).addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[index] for index in parts]))  # copies along "tensor"
+
+
+def own_rows(tree: PyTree, mesh: Mesh) -> PyTree:
+    """NumPy arrays of the rows of a batch, NumPy's or the devices', that are on this process's devices, in order."""
+
+    def rows(x: Any) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return np.asarray(x)[rows_here(len(x), mesh)]
+        parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
         return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
     return jax.device_get(tree) if jax.process_count() == 1 else jax.tree.map(rows, tree)
 
 
-def join_rows(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Batches on the devices, of the rows that each process has for its own. The inverse of `own_rows`."""
-    sharding = _shardings(mesh, 0)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.array(x)), tree)
+def join_rows(tree: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
+    """A batch, whose rows lie along an axis, of those that each process has for its own. The inverse of `own_rows`."""
+    if jax.process_count() == 1:
+        return tree
+    sharding = _shardings(mesh, axis)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def traced_batch_parts() -> int:
+    """Parts that a batch is cut into in what `pmapped` is compiling; 1 in `each_device`, and where nothing is mapped.
+
+    A function that is traced inside needs this to know how much of a batch a device holds, and for nothing else.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return math.prod(mesh.shape[axis] for axis in BATCH if kinds.get(axis) == AxisType.Auto)
+
+
+def traced_platform() -> str:
+    """The platform, such as "cpu" or "tpu", of the devices that `pmapped` is compiling for; otherwise the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def laid_as_batch(x: Array) -> Array:
+    """`x`, its first axis cut over the devices as a batch's is, where parameters are cut over "fsdp"; else as it is.
+
+    XLA lays out a value as those that it is made of suggest. Between parameters that are cut over the devices which
+    the batch is cut over too, it would lay states now along their tokens and now along their width.
+    """
+    parts = traced_batch_parts()
+    if parts == 1 or jax.sharding.get_abstract_mesh().shape["fsdp"] == 1 or len(x) % parts:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH, *[None] * (x.ndim - 1)))
+
+
+def laid_whole(x: Array) -> Array:
+    """`x`, its last axis cut over no devices, where parameters are cut over "fsdp"; else as it is.
+
+    So a table is gathered before rows are looked up in it, instead of parts of all rows on all devices.
+    """
+    if traced_batch_parts() == 1 or jax.sharding.get_abstract_mesh().shape["fsdp"] == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1), None))
 
 
 @jax.jit
@@ -231,6 +287,17 @@ def fingerprint(values: Array) -> Array:
     words = jax.lax.bitcast_convert_type(values, jnp.dtype(f"uint{8 * min(values.dtype.itemsize, 4)}"))
     places = jax.lax.iota(jnp.uint32, math.prod(words.shape)).reshape(words.shape)
     return jnp.sum(words.astype(jnp.uint32) * (2 * places + 1), dtype=jnp.uint32)
+
+
+def _knowing(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, in which JAX knows the mesh that it is compiled for: `traced_batch_parts` and what goes by it."""
+
+    @functools.wraps(fn)
+    def known(*args: PyTree) -> PyTree:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return fn(*args)
+
+    return known
 
 
 def _spread(tree: PyTree, axes: PyTree, mesh: Mesh) -> PyTree:
