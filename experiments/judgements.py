@@ -200,7 +200,39 @@ def write_pairs(path: Path, pairs: PreferenceBatch, gaps: np.ndarray, tokenizer:
 
 
 def read_pairs(path: Path) -> tuple[PreferenceBatch, np.ndarray]:
-    """Pairs and gaps that `write_pairs` wrote."""
-    arrays: dict[str, Any] = load_file(path)
-    gaps = arrays.pop("gaps")
-    return PreferenceBatch(**arrays), gaps
+    """Pairs and gaps that `write_pairs` wrote.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds something else.
+    """
+    try:
+        arrays: dict[str, Any] = load_file(path)
+        gaps = arrays.pop("gaps")
+        pairs = PreferenceBatch(**arrays)
+        _check_pairs(pairs, gaps)
+    except MemoryError:  # no fault of the file's
+        raise
+    except Exception as error:  # a damaged file can break its reader in any way
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path} cannot be read ({why}); bring it back from a copy, or start another run.") from error
+    return pairs, gaps
+
+
+def _check_pairs(pairs: PreferenceBatch, gaps: np.ndarray) -> None:
+    """Raises ValueError for arrays that no pairs have."""
+    rows, prompt_length, length = len(pairs.labels), pairs.prompts.shape[-1], pairs.completions.shape[-1]
+    layout = {
+        "prompts": ((rows, prompt_length), "i"),
+        "prompt_mask": ((rows, prompt_length), "b"),
+        "completions": ((rows, 2, length), "i"),
+        "completion_mask": ((rows, 2, length), "b"),
+        "labels": ((rows, 2), "f"),
+        "margins": ((rows,), "f"),
+        "gaps": ((rows,), "f"),
+    }
+    if {name: (x.shape, x.dtype.kind) for name, x in (vars(pairs) | {"gaps": gaps}).items()} != layout:
+        raise ValueError("its arrays are not those of pairs")
+    if min(pairs.prompts.min(initial=0), pairs.completions.min(initial=0)) < 0 or not np.all(np.isfinite(gaps)):
+        raise ValueError("a number in it is none that pairs have")
+    if not np.allclose(np.sum(pairs.labels, axis=1), 1):
+        raise ValueError("the labels of a pair in it do not add up to 1")

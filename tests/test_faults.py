@@ -1,6 +1,7 @@
 """Faults made on purpose to a run of the scripts: what docs/what_survives.md says of them."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -19,12 +20,17 @@ from experiments.compare import Comparing
 from rl_jax.data.corpus import read_passages
 from rl_jax.errors import InputError
 from rl_jax.rewards.compose import RewardConfig
-from rl_jax.rewards.text import score_texts
-from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
-from rl_jax.run.loop import run_main
+from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint, wait_for_checkpoints
+from rl_jax.run.loop import RewardFailed, run_main
+from rl_jax.run.metrics import open_metrics
 from rl_jax.types import TrainState
+from tests.test_loop import Rows, checkpoints, make_state, saved, step_fn
+from tests.test_loop import run as run_loop
+
+__all__ = ["checkpoints"]
 
 ROOT = Path(__file__).parents[1]
+NOTHING = RewardConfig(names=())
 BOUND = 60  # seconds in which a run that is asked to stop has ended
 
 
@@ -178,29 +184,147 @@ def test_a_full_disk_ends_the_run_with_what_it_had(tmp_path, room, named):
     assert float(jnp.abs(restored.params["w"]).max()) > 0
 
 
+@pytest.fixture
+def writer(tmp_path):
+    writer = open_metrics(tmp_path)
+    yield writer
+    writer.close()
+
+
+def written(tmp_path, name="metrics"):
+    return [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+TEXTS = [{"prompt": "a", "completion": "é\n"}, {"prompt": "b", "completion": ""}]
+
+
+def failing_at(*steps):
+    def fails(state, step):
+        if step in steps:
+            raise RewardFailed("the reward mine gave nan", TEXTS)
+        return step_fn(state, step)
+
+    return fails
+
+
+def test_a_reward_that_fails_loses_nothing(checkpoints, writer, tmp_path):
+    expected, state = [], make_state()
+    for step in range(10):
+        state, metrics = step_fn(state, step)
+        expected.append((step, float(metrics["loss"])))
+    saying = (
+        r"^the reward mine gave nan. The texts are in \S*unrewarded_rl_6\.jsonl; rl is saved at step 6 of 10\. Mend"
+    )
+    with pytest.raises(InputError, match=saying):
+        run_loop(failing_at(6), make_state(), checkpoints, writer=writer)
+    assert written(tmp_path, "unrewarded_rl_6") == TEXTS
+    assert saved(checkpoints) == [4, 6]
+    restored = restore_checkpoint(checkpoints, make_state())
+    resumed = run_loop(step_fn, restored, checkpoints, writer=writer)
+    assert [(row["step"], row["loss"]) for row in written(tmp_path)] == [
+        (step, pytest.approx(loss)) for step, loss in expected
+    ]
+    np.testing.assert_array_equal(resumed.params["w"], state.params["w"])
+
+
+def test_one_that_fails_at_once_leaves_what_there_was(checkpoints, writer):
+    with pytest.raises(InputError, match="rl is at its beginning"):
+        run_loop(failing_at(0), make_state(), checkpoints, writer=writer)
+    assert saved(checkpoints) == []
+
+
+@pytest.mark.parametrize(("bad", "step"), [(5, 7), (8, 10), (9, 10)])
+def test_a_metric_on_text_that_fails_is_null_and_stops_the_run_with_all_else_kept(
+    checkpoints, writer, tmp_path, bad, step
+):
+    def watched(state, number):
+        def gold():
+            if number == bad:
+                raise RewardFailed("gold failed", TEXTS)
+            return np.float32(number)
+
+        return step_fn(state, number)[0], {"gold": gold, "gold_gain": lambda: 2 * gold()}
+
+    with pytest.raises(InputError, match=rf"gold failed.*unrewarded_rl_{step}.jsonl; rl is saved at step {step}"):
+        run_loop(watched, make_state(), checkpoints, writer=writer)
+    assert saved(checkpoints)[-1] == step
+    assert [(row["step"], row["gold"], row["gold_gain"]) for row in written(tmp_path)] == [
+        (i, None, None) if i == bad else (i, i, 2 * i) for i in range(step)
+    ]
+
+
+def test_a_row_that_cannot_be_written_ends_the_run_and_says_what_is_kept(checkpoints):
+    class Full(Rows):
+        def write(self, stage, step, metrics):
+            if step == 6:
+                raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    with pytest.raises(OSError, match=r"No space left on device: 'metrics.jsonl'. .* is kept, at step 4. .* --resume"):
+        run_loop(step_fn, make_state(), checkpoints, writer=Full([]))
+    assert saved(checkpoints) == [4]
+
+
+@pytest.mark.parametrize("jump", [-1e7, 1e7])
+def test_a_clock_that_jumps_changes_nothing(checkpoints, writer, tmp_path, monkeypatch, jump):
+    expected = run_loop(step_fn, make_state(), checkpoints, steps=8)
+    others, true, offset, readings = open_checkpoints(tmp_path / "others", {}), time.time, 0.0, []
+
+    def jumping():
+        readings.append(true() + offset)
+        return readings[-1]
+
+    def timed(state, step):
+        nonlocal offset
+        wait_for_checkpoints(others)  # Orbax's own timeouts are of the clock that jumps
+        offset += jump
+        state, metrics = step_fn(state, step)
+        return state, metrics | {"tokens": 100}
+
+    monkeypatch.setattr(time, "time", jumping)
+    trained = run_loop(timed, make_state(), others, steps=8, writer=writer)
+    assert abs(readings[-1] - readings[0]) > 6 * abs(jump)
+    np.testing.assert_array_equal(trained.params["w"], expected.params["w"])
+    restored = restore_checkpoint(others, make_state())
+    close_checkpoints(others)
+    np.testing.assert_array_equal(restored.params["w"], expected.params["w"])
+    rates = [row["tokens_per_second"] for row in written(tmp_path)]
+    assert len(rates) == 8 and all(rate > 0 for rate in rates[1:-1])
+
+
 REWARDS = """
 import os, time
-calls, hangs_at = 0, None
+calls, hangs_at, fails_at = 0, None, None
+
+def picky(prompt, completion):
+    if len(completion) % 3 == 0:
+        raise KeyError(len(completion))
+    return 1.0
 
 def moody(prompt, completion):
     global calls
     calls += 1
+    if calls == fails_at:
+        raise KeyError("no answer")
     while hangs_at is not None and calls > hangs_at:
         time.sleep(0.01)
     return completion.count("a")
 """
 
 
-def test_a_reward_that_hangs_is_ended_and_the_run_goes_on_when_it_is_mended(whole, tmp_path, monkeypatch):
-    (tmp_path / "moody_rewards.py").write_text(REWARDS)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(score_texts.__kwdefaults__, "limit", 0.5)
+def tuning(whole, tmp_path, reward, gold=NOTHING):
+    """A small RL run of the pretrained policy."""
     settings = reinforce.Reinforcing(
         prompts=8, group_size=2, prompt_length=6, completion_length=8, steps=6, checkpoint_every=50,
         compare=Comparing(8, 2),
     )  # fmt: skip
-    reward = RewardConfig(("moody_rewards:moody",))
-    config = reinforce.Config(whole.folder / "policy", settings, reward, run=tmp_path / "run", corpus=str(whole.corpus))
+    where = {"run": tmp_path / "run", "corpus": str(whole.corpus)}
+    return reinforce.Config(whole.folder / "policy", settings, reward, gold, **where)
+
+
+def test_a_reward_that_hangs_is_ended_and_the_run_goes_on_when_it_is_mended(whole, tmp_path, monkeypatch):
+    (tmp_path / "moody_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = tuning(whole, tmp_path, RewardConfig(("moody_rewards:moody",), time_limit=0.5))
     undisturbed = dataclasses.replace(config, run=tmp_path / "undisturbed")
     reinforce.main(undisturbed)
 
@@ -215,8 +339,59 @@ def test_a_reward_that_hangs_is_ended_and_the_run_goes_on_when_it_is_mended(whol
     kept = [json.loads(line) for line in (config.run / "unrewarded_rl_3.jsonl").read_text("utf-8").splitlines()]
     assert len(kept) == 16 and all(set(row) == {"prompt", "completion"} for row in kept)
     moody_rewards.hangs_at = None
-    reinforce.main(dataclasses.replace(config, resume=True))
+    patient = RewardConfig(("moody_rewards:moody",), time_limit=30.0)  # which a resumed run may have changed
+    reinforce.main(dataclasses.replace(config, reward=patient, resume=True))
     tuned, expected = (load_file(run / "policy/model.safetensors") for run in (config.run, undisturbed.run))
     assert all(tuned[name].tobytes() == expected[name].tobytes() for name in expected)
     rows = [json.loads(line)["step"] for line in (config.run / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(6))
+
+
+def kept_rows(run, name):
+    return [json.loads(line) for line in (run / f"unrewarded_{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_a_run_goes_on_past_rewards_that_fail_where_that_is_asked_for(whole, tmp_path, monkeypatch, capsys):
+    (tmp_path / "picky_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    picky = RewardConfig(("picky_rewards:picky",), on_failure=-2.0)
+    config = tuning(whole, tmp_path, picky, gold=dataclasses.replace(picky, on_failure=0.5))
+    reinforce.main(config)
+    told = capsys.readouterr().out
+    rows = [json.loads(line) for line in (config.run / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row["failed_rewards"] for row in rows) > 3
+    for row in rows:
+        count = row["failed_rewards"]
+        assert row["reward"] == pytest.approx((16 - count - 2 * count) / 16)
+        assert row["gold"] == pytest.approx((16 - count + 0.5 * count) / 16) and row["failed_gold_rewards"] == count
+        for name in (f"rl_{row['step']}", f"gold_{row['step']}") if count else ():
+            kept = kept_rows(config.run, name)
+            assert len(kept) == count and all(len(each["completion"]) % 3 == 0 for each in kept)
+            assert all("the reward picky failed with KeyError" in each["failure"] for each in kept)
+            assert f"warning: {name}: {count:.0f} rewards failed and were replaced, completion " in told
+    summary = json.loads((config.run / "summary.json").read_text())
+    gaps = [summary[f"gold_{side}"] - summary[f"reward_{side}"] for side in ("before", "after")]
+    # Of 16 completions each, by two rewards that differ by 2.5 where they fail.
+    assert 2 * sum(gaps) / 2.5 * 16 == pytest.approx(len(kept_rows(config.run, "compare")))
+    assert "warning: compare: " in told and "warning: reference: " in told
+
+
+@pytest.mark.parametrize(("name", "steps", "gold"), [("reference", 0, ("sentiment",)), ("compare", 6, ())])
+def test_rewards_that_fail_outside_the_updates_keep_their_texts(whole, tmp_path, monkeypatch, name, steps, gold):
+    (tmp_path / "moody_rewards_too.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "moody_rewards_too", raising=False)
+    import moody_rewards_too
+
+    moody_rewards_too.fails_at = 4 + steps * 16 + 3
+    config = tuning(whole, tmp_path, RewardConfig(("moody_rewards_too:moody",)), RewardConfig(gold))
+    with pytest.raises(InputError) as refusal:
+        reinforce.main(config)
+    message = str(refusal.value)
+    assert message.startswith("completion 2 of 16: the reward moody failed with KeyError: 'no answer'; ")
+    assert message.endswith(
+        f"The texts are in {config.run}/unrewarded_{name}.jsonl. Mend the reward, then add --resume to continue."
+    )
+    assert [set(row) for row in kept_rows(config.run, name)] == [{"prompt", "completion"}] * 16
+    reinforce.main(dataclasses.replace(config, resume=True))
+    assert (config.run / "summary.json").exists()

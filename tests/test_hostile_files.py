@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from experiments.judgements import read_pairs, write_pairs
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
@@ -30,6 +31,8 @@ from rl_jax.models.reward_model import (
     save_reward_model,
 )
 from rl_jax.models.transformer import gpt2, init_params, llama
+from rl_jax.run.report import write_report
+from rl_jax.types import PreferenceBatch
 
 ROOM = 192 << 20  # bytes that loading files of some kilobytes may add, threads and arenas included
 SECONDS = 20.0  # for one of them, on a busy machine
@@ -296,5 +299,99 @@ def test_members_of_an_ensemble_are_alike(tmp_path):
         load_reward_model(folder)
 
 
+VALUES_OF_A_RUN = (
+    *VALUES,
+    '"2"',
+    "[5]",
+    '[["x"], {}]',
+    '{"x": []}',
+    '{"x": {"y": 1}}',
+    "[" * 5_000 + "]" * 5_000,
+    "[" * 60 + "]" * 60,
+)
+SUMMARY = {
+    "reward": "length", "reward_before": 0.5, "reward_after": 1.5, "reward_before_interval": [0.25, 0.75],
+    "reward_after_interval": [1.25, 1.75], "gold_before": 0.5, "gold_after": 0.25, "kl": 3.0, "win_rate": 0.5,
+    "length_before": 8.0, "held_out_loss": 3.0, "held_out_perplexity": 20.0, "parameters": 5000, "seconds": 9.0,
+    "seconds_by_stage": {"rl": 9.0}, "seed": 0,
+    "reward_model": {"kind": "pairs", "pair_accuracy": 0.75, "reliability": [], "members": 1},
+}  # fmt: skip
+SETTINGS = {
+    "script": "x.py", "device": "cpu", "config": {"seed": 0}, "estimator": {"name": "rloo"}, "versions": {"jax": "0"},
+}  # fmt: skip
+SIDE = {"tokens": ["a"], "log_ratio": [0.5], "reward": 1.0, "advantage": 0.5}
+PAIRS = {"pairs": [{"prompt": "x", "before": SIDE, "after": SIDE}]}
+ROW = {"stage": "rl", "step": 0, "reward": 0.5, "tokens_per_second": 10.0}
+
+
+def spoilt_objects(value):
+    """Texts of a JSON object with one of its values, at any depth, replaced or left out."""
+    for name, inner in value.items():
+        rest = {key: json.dumps(other) for key, other in value.items() if key != name}
+        yield joined(rest)
+        yield from (joined(rest | {name: text}) for text in VALUES_OF_A_RUN)
+        inner, wrap = (inner[0], "[%s]") if isinstance(inner, list) and inner else (inner, "%s")
+        if isinstance(inner, dict):
+            yield from (joined(rest | {name: wrap % text.decode()}) for text in spoilt_objects(inner))
+
+
+def test_a_report_of_spoilt_files_is_written_or_refused_by_name(tmp_path):
+    whole = {"config.json": SETTINGS, "summary.json": SUMMARY, "completions.json": PAIRS, "metrics.jsonl": ROW}
+    found = {name: [0, 0] for name in whole}
+    for name, value in whole.items():
+        for other, kept in whole.items():
+            (tmp_path / other).write_text("" if other == "metrics.jsonl" != name else json.dumps(kept))
+        for text in {*spoilt_objects(value), *WHOLE}:
+            (tmp_path / name).write_bytes(text)
+            try:
+                write_report(tmp_path)
+            except InputError as error:
+                message = str(error)
+                assert message.startswith(str(tmp_path)) and len(message) < 400 and "\n" not in message, text[:80]
+                found[name][1] += 1
+            else:
+                found[name][0] += 1
+    assert all(written > 5 for written, _ in found.values()), found
+    assert all(refused > 10 for name, (_, refused) in found.items() if name != "metrics.jsonl"), found
+
+
+def test_spoilt_pairs_are_read_whole_or_refused_by_name(tmp_path):
+    path, rng = tmp_path / "preferences_1.safetensors", random.Random(0)
+    tokens, mask = np.arange(6, dtype=np.int32).reshape(3, 2), np.ones((3, 2), bool)
+    pairs = PreferenceBatch(
+        prompts=tokens,
+        prompt_mask=mask,
+        completions=np.stack([tokens, tokens], axis=1),
+        completion_mask=np.stack([mask, mask], axis=1),
+        labels=np.array([[1, 0], [0, 1], [0.5, 0.5]], np.float32),
+        margins=np.zeros(3, np.float32),
+    )
+    write_pairs(path, pairs, np.array([0.5, 1.0, 0.0], np.float32), train_tokenizer(["abab abab"], 260))
+    content, refused = path.read_bytes(), 0
+    for label, text, must in spoilt_weights(content, rng):
+        path.write_bytes(text)
+        try:
+            read, gaps = read_pairs(path)
+        except InputError as error:
+            assert str(error).startswith(f"{path} cannot be read (") and "\n" not in str(error), label
+            refused += 1
+        else:
+            assert not must or label in ("nan", "inf"), label  # which are masks here
+            assert jax.tree.map(np.shape, read) == jax.tree.map(np.shape, pairs) and gaps.shape == (3,), label
+    assert refused > 50
+    path.unlink()
+    with pytest.raises(InputError, match=r"preferences_1\.safetensors cannot be read .*bring it back"):
+        read_pairs(path)
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+
+
+def test_brackets_in_each_other_are_counted(tmp_path):
+    for levels in (49, 50):  # and those of the object itself
+        (tmp_path / "config.json").write_text('{"device": ' + "[" * levels + "]" * levels + "}")
+        if levels == 49:
+            write_report(tmp_path)
+    with pytest.raises(InputError, match=r"config\.json has more than 50 brackets in each other"):
+        write_report(tmp_path)

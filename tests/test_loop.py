@@ -1,6 +1,4 @@
 import dataclasses
-import errno
-import json
 import os
 import signal
 import subprocess
@@ -16,9 +14,9 @@ import numpy as np
 import pytest
 
 from rl_jax.errors import InputError
-from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint, wait_for_checkpoints
+from rl_jax.run import loop
+from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
 from rl_jax.run.loop import Interrupted, RewardFailed, RunFailed, run_main, train
-from rl_jax.run.metrics import open_metrics
 from rl_jax.run.progress import describe
 from rl_jax.types import TrainState
 
@@ -102,6 +100,18 @@ def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(checkpoints, 
     resumed = run(step_fn, restored, checkpoints, rows=rows)
     assert [row[1] for row in rows] == list(range(10))
     np.testing.assert_array_equal(resumed.params["w"], expected.params["w"])
+
+
+def test_no_checkpoint_is_ahead_of_the_rows(checkpoints, monkeypatch):
+    """A run that is killed after it goes on from there, and does not make those steps again."""
+    rows, saved_with = [], {}
+
+    def save(checkpoints, state):
+        saved_with[int(state.step)] = len(rows)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    run(step_fn, make_state(), checkpoints, rows=rows, saved_at=(3, 8))
+    assert saved_with == {step: step for step in (3, 4, 8, 10)}
 
 
 def test_interrupted_at_a_checkpoint_saves_it_once(checkpoints):
@@ -244,113 +254,6 @@ def test_without_a_terminal_a_tenth_is_a_line(checkpoints, capsys):
 
 def test_metrics_are_described_shortly():
     assert describe({"loss": 3.14159, "kl": None, "tokens_per_second": 12345.6}) == "loss 3.142  tokens/s 12,346"
-
-
-@pytest.fixture
-def writer(tmp_path):
-    writer = open_metrics(tmp_path)
-    yield writer
-    writer.close()
-
-
-def written(tmp_path, name="metrics"):
-    return [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()]
-
-
-TEXTS = [{"prompt": "a", "completion": "é\n"}, {"prompt": "b", "completion": ""}]
-
-
-def failing_at(*steps):
-    def fails(state, step):
-        if step in steps:
-            raise RewardFailed("the reward mine gave nan", TEXTS)
-        return step_fn(state, step)
-
-    return fails
-
-
-def test_a_reward_that_fails_loses_nothing(checkpoints, writer, tmp_path):
-    expected, state = [], make_state()
-    for step in range(10):
-        state, metrics = step_fn(state, step)
-        expected.append((step, float(metrics["loss"])))
-    saying = (
-        r"^the reward mine gave nan. The texts are in \S*unrewarded_rl_6\.jsonl; rl is saved at step 6 of 10\. Mend"
-    )
-    with pytest.raises(InputError, match=saying):
-        run(failing_at(6), make_state(), checkpoints, writer=writer)
-    assert written(tmp_path, "unrewarded_rl_6") == TEXTS
-    assert saved(checkpoints) == [4, 6]
-    restored = restore_checkpoint(checkpoints, make_state())
-    resumed = run(step_fn, restored, checkpoints, writer=writer)
-    assert [(row["step"], row["loss"]) for row in written(tmp_path)] == [
-        (step, pytest.approx(loss)) for step, loss in expected
-    ]
-    np.testing.assert_array_equal(resumed.params["w"], state.params["w"])
-
-
-def test_one_that_fails_at_once_leaves_what_there_was(checkpoints, writer):
-    with pytest.raises(InputError, match="rl is at its beginning"):
-        run(failing_at(0), make_state(), checkpoints, writer=writer)
-    assert saved(checkpoints) == []
-
-
-@pytest.mark.parametrize(("bad", "step"), [(5, 7), (8, 10), (9, 10)])
-def test_a_metric_on_text_that_fails_is_null_and_stops_the_run_with_all_else_kept(
-    checkpoints, writer, tmp_path, bad, step
-):
-    def watched(state, number):
-        def gold():
-            if number == bad:
-                raise RewardFailed("gold failed", TEXTS)
-            return np.float32(number)
-
-        return step_fn(state, number)[0], {"gold": gold, "gold_gain": lambda: 2 * gold()}
-
-    with pytest.raises(InputError, match=rf"gold failed.*unrewarded_rl_{step}.jsonl; rl is saved at step {step}"):
-        run(watched, make_state(), checkpoints, writer=writer)
-    assert saved(checkpoints)[-1] == step
-    assert [(row["step"], row["gold"], row["gold_gain"]) for row in written(tmp_path)] == [
-        (i, None, None) if i == bad else (i, i, 2 * i) for i in range(step)
-    ]
-
-
-def test_a_row_that_cannot_be_written_ends_the_run_and_says_what_is_kept(checkpoints):
-    class Full(Rows):
-        def write(self, stage, step, metrics):
-            if step == 6:
-                raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
-
-    with pytest.raises(OSError, match=r"No space left on device: 'metrics.jsonl'. .* is kept, at step 4. .* --resume"):
-        run(step_fn, make_state(), checkpoints, writer=Full([]))
-    assert saved(checkpoints) == [4]
-
-
-@pytest.mark.parametrize("jump", [-1e7, 1e7])
-def test_a_clock_that_jumps_changes_nothing(checkpoints, writer, tmp_path, monkeypatch, jump):
-    expected = run(step_fn, make_state(), checkpoints, steps=8)
-    others, true, offset, readings = open_checkpoints(tmp_path / "others", {}), time.time, 0.0, []
-
-    def jumping():
-        readings.append(true() + offset)
-        return readings[-1]
-
-    def timed(state, step):
-        nonlocal offset
-        wait_for_checkpoints(others)  # Orbax's own timeouts are of the clock that jumps
-        offset += jump
-        state, metrics = step_fn(state, step)
-        return state, metrics | {"tokens": 100}
-
-    monkeypatch.setattr(time, "time", jumping)
-    trained = run(timed, make_state(), others, steps=8, writer=writer)
-    assert abs(readings[-1] - readings[0]) > 6 * abs(jump)
-    np.testing.assert_array_equal(trained.params["w"], expected.params["w"])
-    restored = restore_checkpoint(others, make_state())
-    close_checkpoints(others)
-    np.testing.assert_array_equal(restored.params["w"], expected.params["w"])
-    rates = [row["tokens_per_second"] for row in written(tmp_path)]
-    assert len(rates) == 8 and all(rate > 0 for rate in rates[1:-1])
 
 
 @dataclasses.dataclass(frozen=True)

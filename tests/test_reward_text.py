@@ -5,9 +5,10 @@ import time
 
 import numpy as np
 import pytest
+import tyro
 
 from rl_jax.errors import InputError
-from rl_jax.rewards.compose import RewardConfig, make_reward
+from rl_jax.rewards.compose import Reward, RewardConfig, make_reward, try_text_reward
 from rl_jax.rewards.text import keyword_reward, regex_reward, score_texts, sentiment
 
 
@@ -150,3 +151,68 @@ def test_there_is_no_limit_in_another_thread_nor_under_an_alarm_of_somebody_else
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     assert [array.tolist() for array in rewards] == [[2.0], [2.0]]
+
+
+def test_what_fails_gets_what_on_failure_gives_and_the_others_their_own():
+    failed = []
+
+    def replace(number, error):
+        failed.append((number, str(error)))
+        return -7.0
+
+    def my_reward(prompt, completion):
+        return 1 / len(completion) if completion != "endless" else never_ends(prompt, completion)
+
+    completions = ["ab", "", "endless", "abcd"]
+    rewards = score_texts(my_reward, ["p"] * 4, completions, limit=0.2, on_failure=replace)
+    assert rewards.tolist() == [0.5, -7.0, -7.0, 0.25]
+    assert [number for number, _ in failed] == [1, 2]
+    assert failed[0][1].startswith("completion 1 of 4: the reward ") and "ZeroDivisionError" in failed[0][1]
+    assert failed[1][1].startswith("completion 2 of 4: the reward ") and "took longer than 0.2 s" in failed[1][1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"time_limit": 0.0}, "time_limit is 0: give a number of seconds above 0"),
+        ({"time_limit": -1.0}, "time_limit is -1"),
+        ({"time_limit": float("inf")}, "time_limit is inf"),
+        ({"time_limit": float("nan")}, "time_limit is nan"),
+        ({"on_failure": float("nan")}, "on_failure is nan: give stop, or a finite number"),
+        ({"on_failure": 1e39}, "on_failure is 1e"),
+        (
+            {"names": ("length",), "target_length": 3, "time_limit": 5.0},
+            "time_limit is given, and no reward is on text",
+        ),
+        (
+            {"names": ("length",), "target_length": 3, "on_failure": 0.0},
+            "on_failure is given, and no reward is on text",
+        ),
+    ],
+)
+def test_what_is_wrong_with_the_settings_of_failures(settings, message):
+    with pytest.raises(InputError, match=message):
+        make_reward(RewardConfig(**settings), None)
+
+
+def test_the_settings_of_failures_are_options():
+    words = ["--time-limit", "2.5", "--on-failure"]
+    assert tyro.cli(RewardConfig, args=[*words, "-1"]) == RewardConfig(time_limit=2.5, on_failure=-1.0)
+    assert tyro.cli(RewardConfig, args=[*words, "stop"]) == RewardConfig(time_limit=2.5)
+    reward = make_reward(RewardConfig(time_limit=2.5, on_failure=-1.0), None)
+    assert (reward.time_limit, reward.on_failure) == (2.5, -1.0)
+
+
+@pytest.mark.parametrize(
+    ("on_failure", "bad", "refused"), [("stop", 1, 0), (0.0, 1, None), (0.0, 2, 0), (0.0, 0, None)]
+)
+def test_a_reward_that_is_tried_is_refused_where_it_would_stop_or_always_fails(on_failure, bad, refused):
+    def my_reward(prompt, completion):
+        return 1 / (completion >= "abc"[bad])
+
+    reward = Reward("mine", None, my_reward, on_failure=on_failure)
+    if refused is None:
+        try_text_reward(reward, ["p"] * 2, ["a", "b"])
+    else:
+        with pytest.raises(InputError, match=f"completion {refused} of 2"):
+            try_text_reward(reward, ["p"] * 2, ["a", "b"])

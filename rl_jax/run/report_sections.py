@@ -270,7 +270,7 @@ def completions(pairs: list[dict[str, Any]]) -> str:
 
 def times(summary: dict[str, Any], metrics: dict[str, Rows]) -> str:
     """Time and median tokens per second of each stage."""
-    spent = {stage: finite(value) or 0.0 for stage, value in summary.get("seconds_by_stage", {}).items()}
+    spent = {stage: finite(value) or 0.0 for stage, value in (summary.get("seconds_by_stage") or {}).items()}
     longest = max(spent.values(), default=0.0) or 1.0
     rows = ""
     for stage, seconds in spent.items():
