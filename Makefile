@@ -2,6 +2,7 @@
 # make test         format, lint, types and tests
 # make bench        side by side with peers and with the machine's limit; ARGS=--quick for the form of three minutes
 # make bench-peers  the environments of the peers, in build/peers
+# make plan         whether a model fits a slice of TPUs, without one; ARGS="--topology v5e:4x4 --model 8B --mesh fsdp=16"
 # PYTHON=python3.12 chooses the interpreter, RUN=runs/name the run's folder, ARGS="--seed 1" anything else.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ TUNIX_PYTHON ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versio
 PEERS := build/peers
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test parity bench bench-peers clean
+.PHONY: quickstart test parity bench bench-peers plan clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -48,6 +49,16 @@ $(PEERS)/tunix/installed:
 	@echo "Installing Tunix into $(PEERS)/tunix"
 	@$(TUNIX_PYTHON) -m venv $(PEERS)/tunix
 	@$(PEERS)/tunix/bin/pip install -q --disable-pip-version-check "google-tunix==0.1.7"
+	@touch $@
+
+plan: build/tpu/installed
+	@build/tpu/bin/python experiments/plan.py $(ARGS)
+
+# An environment of its own: where libtpu is installed, JAX looks for a TPU.
+build/tpu/installed: requirements-tpu.txt constraints.txt
+	@echo "Installing rl_jax and libtpu into build/tpu"
+	@$(PYTHON) -m venv build/tpu
+	@build/tpu/bin/pip install -q --disable-pip-version-check -r requirements-tpu.txt
 	@touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt

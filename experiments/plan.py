@@ -1,10 +1,11 @@
 """Plan a run for chips that are not there: whether it fits, what bounds it, and how fast it can be at most.
 
-    pip install -r requirements-tpu.txt
-    python experiments/plan.py --topology v5e:2x4 --model 1B --mesh data=2,fsdp=2,tensor=2
+    python3 -m venv build/tpu && build/tpu/bin/pip install -r requirements-tpu.txt
+    build/tpu/bin/python experiments/plan.py --topology v5e:2x4 --model 1B --mesh data=2,fsdp=2,tensor=2
 
 compiles pretraining, the rollout and the RL update of a model ahead of time, for a named slice of TPUs or, with
-`--topology cpu`, for the devices that are there. Nothing is allocated and nothing runs. The table, one row a program:
+`--topology cpu`, for the devices that are there. Nothing is allocated and nothing runs, without `--measure`. The
+table, one row a program:
 
 - memory of each chip, from the compiler; arguments that results take over are counted once;
 - FLOPs of matrix products, counted in the program's jaxpr and shared out evenly, recomputation included; bytes moved in
@@ -12,40 +13,41 @@ compiles pretraining, the rollout and the RL update of a model ahead of time, fo
   for the full length of a completion, an update until all of them, at full length, are done. What XLA's own analysis
   says, which counts the body of a loop once, stands in settings.json;
 - the least time, for products, memory or links, whichever is longest at the chip's published peak; the tokens a second
-  that follow are of windows in pretraining, of completions in the others. No program reaches them;
+  that follow are of windows in pretraining, of completions in the others;
 - where it does not fit, the first of some changes, each with those before, that suffices: bfloat16, recomputation,
   fewer tokens at once, more of the mesh along fsdp, then along tensor.
 """
 
 import dataclasses
+import functools
 import importlib.util
-import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from experiments.mapped import make_generate, make_learning, prompt_indices
-from experiments.options import EstimatorOptions, chosen_estimator
-from experiments.planning import CHIPS, Plan, count_flops, count_work, describe, extend, fits
+from experiments.planning import CHIPS, GIB, Plan, count_flops, count_work, describe, extend, fits
+from experiments.programs import (
+    Batch,
+    Program,
+    argument_bytes,
+    measure_peak,
+    pretraining_program,
+    rollout_program,
+    update_program,
+)
 from rl_jax.errors import InputError
-from rl_jax.learner import apply_gradients, init_state, make_optimizer, policy_gradient_update
-from rl_jax.models.layout import model_axes
 from rl_jax.models.transformer import TransformerConfig, init_params, llama
-from rl_jax.packing import choose_packing
-from rl_jax.pretraining import pretrain_gradient
 from rl_jax.run.loop import run_main
-from rl_jax.run.spmd import AXES, BATCH, batch_parts, make_mesh, parse_mesh, pmapped
+from rl_jax.run.spmd import AXES, batch_parts, make_mesh, parse_mesh
 from rl_jax.run.tables import open_results, write_table
 from rl_jax.sampling import Sampling
-from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
 
 # Vocabulary, layers, width, heads, key-value heads, MLP, tied, RoPE: the config.json of SmolLM2-135M, Llama-3.2-1B,
 # Llama-3.1-8B and Llama-3.1-70B.
@@ -91,27 +93,13 @@ class Config:
     """Parts that the work goes through a chip in: microbatches, turns of sequences, parts of an update."""
     layers_compiled: int = 0
     """Compile the model with so many layers and with twice as many, and extend the line to all: minutes instead of
-    hours for the largest; 0 compiles the whole."""
+    an hour for the largest, and a wrong memory where it is not the layers that take most yet; 0 compiles the whole."""
     advise: bool = True
     """Look for changes with which a program fits that does not."""
+    measure: bool = False
+    """Run each program too, with --topology cpu on Linux, and say how much memory it took."""
     folder: Path = Path("results/plan")
     """Folder that is written to."""
-
-
-class Program(NamedTuple):
-    """A program, not yet compiled.
-
-    Attributes:
-        mapped: from `pmapped`.
-        args: abstract arrays with shardings.
-        trips: as for `planning.count_work`.
-        tokens: that one run makes or learns from.
-    """
-
-    mapped: Any
-    args: tuple[PyTree, ...]
-    trips: tuple[int, ...]
-    tokens: int
 
 
 def named_devices(topology: str) -> list[Any]:
@@ -123,8 +111,9 @@ def named_devices(topology: str) -> list[Any]:
         raise InputError(
             f"The topology {topology!r} cannot be read; write cpu, or one of {', '.join(CHIPS)} and its shape: v5e:2x4."
         )
-    # No virtual machine of a TPU is asked what it is.
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
+    # No virtual machine of a TPU is asked what it is, and another process may plan at the same time.
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("libtpu, which compiles for a TPU, is missing: pip install -r requirements-tpu.txt")
@@ -166,92 +155,28 @@ def check(config: Config, mesh: Mesh) -> None:
         )
 
 
-def abstract(tree: PyTree, axes: PyTree, mesh: Mesh) -> PyTree:
-    """Arrays without contents, laid out over a mesh; `axes` is a PartitionSpec for all, or a tree of them."""
-    if isinstance(axes, PartitionSpec):
-        axes = jax.tree.map(lambda _: axes, tree)
-    return jax.tree.map(
-        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree, axes
-    )
-
-
 def make_program(name: str, config: Config, model: TransformerConfig, mesh: Mesh) -> Program:
-    """A program as the experiments compose it."""
-    chips, parts = mesh.size, batch_parts(mesh)
-    optimizer = make_optimizer(3e-4, 0.0, 1.0, (0.9, 0.95))
-    params = jax.eval_shape(lambda: init_params(jax.random.key(0), model))
-    state = jax.eval_shape(lambda: init_state(init_params(jax.random.key(0), model), optimizer, 0.05))
-    axes, rows = model_axes(state, mesh), PartitionSpec(BATCH)
-    param_axes = model_axes(params, mesh)
-    state, params = abstract(state, axes, mesh), abstract(params, param_axes, mesh)
-    key = abstract(jax.eval_shape(lambda: jax.random.key(0)), PartitionSpec(), mesh)
-
+    """A program by its name, as large as the settings say for each chip."""
     if name == "pretraining":
-
-        def pretraining(state: TrainState, tokens: Array) -> tuple[TrainState, Metrics]:
-            grads, metrics = pretrain_gradient(state.params, tokens, model, config.at_once)
-            state, applied = apply_gradients(state, grads, optimizer)
-            return state, metrics | applied
-
-        windows = config.windows * chips
-        tokens = abstract(jax.ShapeDtypeStruct((windows, config.context + 1), jnp.int32), rows, mesh)
-        mapped = pmapped(pretraining, mesh, (axes, 0), (axes, None), donate=(0,))
-        return Program(mapped, (state, tokens), (), windows * config.context)
-
+        return pretraining_program(model, mesh, config.windows * mesh.size, config.context, config.at_once)
     sampling = Sampling(config.completion_length, group_size=config.group_size, eos=(0,), ignore_eos=True)
-    count = config.completions * chips
-    prompts = (count // config.group_size, config.prompt_length)
-    slots = -(-count // config.at_once)
-    sample = make_generate(model, sampling, mesh, slots)
-
-    def rollout(params: PyTree, key: Array, prompts: Array, mask: Array) -> Rollout:
-        return sample(params, key, prompts, mask, prompt_indices(prompts))
-
-    tokens = abstract(jax.ShapeDtypeStruct(prompts, jnp.int32), rows, mesh)
-    mask = abstract(jax.ShapeDtypeStruct(prompts, jnp.bool_), rows, mesh)
-    mapped = pmapped(rollout, mesh, (param_axes, None, 0, 0), 0)
-    sampled = Program(
-        mapped, (params, key, tokens, mask), (config.at_once, config.completion_length - 1), count * sampling.length
-    )
-    if name == "rollout":
-        return sampled
-
-    total = (config.prompt_length + config.completion_length) * count // parts
-    at_once = max(min(16384, total) // config.at_once, 1)
-    learning = make_learning(model, sampling, mesh, config.prompt_length, at_once)
-    estimator = chosen_estimator("rloo", EstimatorOptions(), config.group_size)
-
-    def update(
-        state: TrainState, ref_params: PyTree, key: Array, rollout: Rollout, rewards: Array
-    ) -> tuple[TrainState, Metrics]:
-        ref_logprobs, ref_states = learning.reference_scores(ref_params, rollout)
-        return policy_gradient_update(
-            state,
-            rollout,
-            rewards,
-            estimator=estimator,
-            score_fn=learning.make_score_fn(ref_params),
-            sum_parts=learning.sum_parts,
-            optimizer=optimizer,
-            group_size=config.group_size,
-            ref_logprobs=ref_logprobs,
-            context=ref_states,
-            key=key,
-        )
-
-    made = abstract(jax.eval_shape(sampled.mapped, *sampled.args), rows, mesh)
-    rewards = abstract(jax.ShapeDtypeStruct((count,), jnp.float32), rows, mesh)
-    packing = choose_packing(config.prompt_length, sampling.length, config.group_size, model.width, at_once)
-    in_a_row = (packing.width - config.prompt_length + 1) // sampling.length
-    turns = -(-count // parts // (packing.rows * in_a_row)) if count // parts >= packing.rows * in_a_row else 1
-    mapped = pmapped(update, mesh, (axes, param_axes, None, 0, 0), (axes, None), donate=(0,))
-    return Program(mapped, (state, params, key, made, rewards), (turns,), count * sampling.length)
+    batch = Batch(config.completions * mesh.size, config.prompt_length, sampling)
+    make = {"rollout": rollout_program, "update": update_program}[name]
+    return make(model, mesh, batch, config.at_once)
 
 
-def argument_bytes(program: Program) -> float:
-    """What the arguments take of one chip, at least."""
-    leaves = jax.tree.leaves(program.args)
-    return float(sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves))
+def refused_bytes(message: str, arguments: float) -> float | None:
+    """Memory that a program would need, as a TPU's compiler says that refuses it; None where it says another reason.
+
+    It says the whole, or, where they alone are too large, its temporaries.
+    """
+    whole = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    temporaries = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT])\)", message)
+    found = whole or temporaries
+    if not found:
+        return None
+    size = float(found[1]) * 2 ** (10 * " KMGT".index(found[2]))
+    return size if whole else size + arguments
 
 
 def compile_program(program: Program, chips: int) -> Plan:
@@ -261,10 +186,10 @@ def compile_program(program: Program, chips: int) -> Plan:
     try:
         compiled = program.mapped.lower(*args).compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
-        if not found:
-            raise
-        needed = float(found[1]) * 2 ** (10 * (" KMGT".index(found[2])))
+        needed = refused_bytes(str(error), arguments)
+        if needed is None:
+            reason = str(error).strip().splitlines()[0][:300]
+            raise InputError(f"The compiler refuses the program, and not for its memory: {reason}") from error
         return Plan(arguments, 0, needed - arguments, needed)
     memory: Any = compiled.memory_analysis()
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -305,17 +230,25 @@ def mesh_text(shape: dict[str, int]) -> str:
     return ",".join(f"{axis}={shape[axis]}" for axis in AXES)
 
 
+def depths(config: Config, layers: int) -> tuple[int, ...]:
+    """Layers of the models that are compiled: all, or two numbers that a line to all goes through."""
+    few = config.layers_compiled
+    return (layers,) if not few or layers <= 2 * few else (few, 2 * few)
+
+
 def plan_program(name: str, config: Config, mesh: Mesh) -> Plan:
     """What a program takes, of the whole model or along the line through two with fewer layers."""
-    model, few = model_config(config), config.layers_compiled
-    if not few or model.layers <= 2 * few:
-        return compile_program(make_program(name, config, model, mesh), mesh.size)
-    models = [dataclasses.replace(model, layers=layers) for layers in (few, 2 * few)]
-    one, two = (compile_program(make_program(name, config, each, mesh), mesh.size) for each in models)
-    if one.work is None or two.work is None:
-        more = two if two.work is None else one
-        return more._replace(arguments=argument_bytes(make_program(name, config, model, mesh)))
-    return extend(one, two, (model.layers - few) / few)
+    model = model_config(config)
+    layers = depths(config, model.layers)
+    models = [dataclasses.replace(model, layers=each) for each in layers]
+    plans = [compile_program(make_program(name, config, each, mesh), mesh.size) for each in models]
+    if len(plans) == 1:
+        return plans[0]
+    refused = [plan for plan in plans if plan.work is None]
+    if refused:  # and so is the whole, which needs at least what these layers need beside all arguments
+        arguments = argument_bytes(make_program(name, config, model, mesh))
+        return refused[-1]._replace(arguments=arguments, needed=arguments + refused[-1].temporaries)
+    return extend(plans[0], plans[1], (model.layers - layers[0]) / layers[0])
 
 
 def advice(name: str, config: Config, devices: list[Any], memory: float, say: Callable[[str], None]) -> str:
@@ -340,32 +273,48 @@ def advice(name: str, config: Config, devices: list[Any], memory: float, say: Ca
     return f"none of these: {'temporaries' if plan.temporaries > plan.arguments else 'arguments'} remain the largest"
 
 
+def plan_row(
+    name: str, config: Config, devices: list[Any], say: Callable[[str], None]
+) -> tuple[dict[str, Any], Mapping[str, float]]:
+    """A program's row of the table, and XLA's own counts of it. Raises InputError, as `check` does."""
+    mesh = make_mesh(devices, parse_mesh(config.mesh, len(devices)))
+    check(config, mesh)
+    model, chip = model_config(config), CHIPS.get(config.topology.partition(":")[0])
+    memory = chip.memory if chip else (devices[0].memory_stats() or {}).get("bytes_limit")
+    start = time.perf_counter()
+    say(f"{name}: compiling")
+    plan = plan_program(name, config, mesh)
+    tokens = make_program(name, config, dataclasses.replace(model, layers=1), mesh).tokens
+    row = describe(name, plan, chip, memory, tokens) | {"compiled in, s": time.perf_counter() - start}
+    layers = depths(config, model.layers)
+    row["layers compiled"] = " and ".join(map(str, layers)) if len(layers) > 1 else "all"
+    if memory is not None and not fits(plan, memory) and config.advise:
+        row["would fit with"] = advice(name, config, devices, memory, say)
+    if config.measure:
+        say(f"{name}: running")
+        measured = measure_peak(make_program(name, config, model, mesh), mesh)
+        row |= {"measured, GiB": measured / GIB, "measured / needed": measured / plan.needed}
+    return row, plan.xla
+
+
+def choose_devices(topology: str) -> list[Any]:
+    """As `named_devices`; where they are not there, nothing runs, and no TPU is looked for."""
+    if topology != "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    return named_devices(topology)
+
+
 def main(config: Config) -> None:
-    if config.topology != "cpu":
-        jax.config.update("jax_platforms", "cpu")  # nothing runs, and no TPU is looked for
-    devices = named_devices(config.topology)
+    devices = choose_devices(config.topology)
     mesh = make_mesh(devices, parse_mesh(config.mesh, len(devices)))
     check(config, mesh)
     model = model_config(config)
     folder = open_results(config.folder)
-    chip = CHIPS.get(config.topology.partition(":")[0])
-    memory = chip.memory if chip else (devices[0].memory_stats() or {}).get("bytes_limit")
     print(f"{config.model} on {len(devices)} of {devices[0].device_kind}, {mesh_text(dict(mesh.shape))}", flush=True)
-    rows, about = [], {}
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-
-    for name in config.programs:
-        start = time.perf_counter()
-        say(f"{name}: compiling")
-        plan = plan_program(name, config, mesh)
-        tokens = make_program(name, config, model, mesh).tokens
-        rows.append(describe(name, plan, chip, memory, tokens) | {"compiled in, s": time.perf_counter() - start})
-        about[name] = plan.xla
-        if memory is not None and not fits(plan, memory) and config.advise:
-            rows[-1]["would fit with"] = advice(name, config, devices, memory, say)
-    write_table(folder, rows, dataclasses.asdict(config) | {"xla_counts": about, "parameters": count(model)})
+    say = functools.partial(print, flush=True)
+    planned = {name: plan_row(name, config, devices, say) for name in config.programs}
+    about = {"xla_counts": {name: xla for name, (_, xla) in planned.items()}, "parameters": count(model)}
+    write_table(folder, [row for row, _ in planned.values()], dataclasses.asdict(config) | about)
 
 
 def count(model: TransformerConfig) -> int:

@@ -15,7 +15,7 @@ NUMBER_BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}  # other types end
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 GIB = 2**30
 NO_TRAFFIC = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
-SLICES = ("dynamic-slice", "gather", "slice")  # which read as much as they return
+SLICES = ("dynamic-slice", "gather", "slice", "slice-start")  # which read as much as they return
 
 
 class Chip(NamedTuple):
@@ -109,7 +109,8 @@ def count_work(program: str, trips: Sequence[int] = ()) -> Work:
     """Memory traffic and collectives of one chip, from a compiled program's text, as often as each runs.
 
     Every instruction reads its operands and writes its result, but for what lies in a TPU's vector memory, and for
-    slices. What a fusion takes only a slice of counts whole, so that this is a bound from above.
+    slices, in fusions too. Of what a fusion takes a part of in another way, the whole counts: a bound from above.
+    The padding of a TPU's tiles does not.
 
     Args:
         program: the text.
@@ -117,29 +118,37 @@ def count_work(program: str, trips: Sequence[int] = ()) -> Work:
     """
     computations, entry = _read_program(program)
     counts: dict[str, int] = {}
+    sent: dict[str, float] = {}
 
-    def walk(name: str, times: float, trips: Sequence[int], fused: bool) -> tuple[float, float]:
+    def send(kind: str, each: _Instruction, size: float) -> None:
+        # A TPU's compiler writes a collective that goes on beside products once for each of them, with one channel.
+        stage = re.search(r"channel_id=\d+(?=.*async_collective_fusion_config)", each.text)
+        channel = stage[0] if stage else ""
+        if not stage or channel not in sent:
+            counts[kind] = counts.get(kind, 0) + 1
+        sent[channel] = min(sent.get(channel, size), size) if stage else sent.get(channel, 0) + size
+
+    def walk(name: str, times: float, trips: Sequence[int], fused: bool) -> float:
         shapes = {each.name: each.shape for each in computations.get(name, ())}
-        moved = sent = 0.0
+        moved = 0.0
         for each in computations.get(name, ()):
             operands = [shapes.get(operand, "") for operand in each.operands]
-            kind = each.op.removesuffix("-start")
+            kind = _collective(each, computations[name]) if fused else each.op.removesuffix("-start")
             if kind in COLLECTIVES:
-                counts[kind] = counts.get(kind, 0) + 1
-                sent += times * _bytes_sent(kind, each, operands)
+                send(kind, each, times * _bytes_sent(kind, each, operands))
             if not fused:
-                moved += times * _bytes_moved(each, operands)
+                moved += times * _bytes_moved(each, operands, computations)
             rounds, inner = 1, trips
             if each.op == "while":
                 known = _known_rounds(each, computations)
                 rounds, inner = (known, trips) if known else (trips[0] if trips else 1, trips[1:])
             for called in _called(each.text):
-                within = walk(called, times * rounds, inner, fused or each.op not in ("while", "conditional", "call"))
-                moved, sent = moved + within[0], sent + within[1]
-        return moved, sent
+                within = fused or each.op not in ("while", "conditional", "call")
+                moved += walk(called, times * rounds, inner, within)
+        return moved
 
-    moved, sent = walk(entry, 1.0, tuple(trips), False)
-    return Work(moved, counts, sent)
+    moved = walk(entry, 1.0, tuple(trips), False)
+    return Work(moved, counts, sum(sent.values()))
 
 
 def _read_program(program: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -194,6 +203,14 @@ def _known_rounds(loop: _Instruction, computations: Mapping[str, list[_Instructi
     return int(limit[1]) if limit else 0
 
 
+def _collective(each: _Instruction, body: Sequence[_Instruction]) -> str:
+    """In a fusion a TPU's compiler writes a reduce-scatter as an all-reduce of which only slices are taken."""
+    if each.op != "all-reduce":
+        return each.op.removesuffix("-start")
+    users = [other.op in SLICES for other in body if each.name in other.operands]
+    return "reduce-scatter" if users and all(users) else each.op
+
+
 def _bytes_sent(kind: str, each: _Instruction, operands: list[str]) -> float:
     """Of one chip to others, in a ring of many: twice its part for a sum, what it did not have for a gathering."""
     given, got = sum(map(shape_bytes, operands)), shape_bytes(each.shape)
@@ -204,15 +221,37 @@ def _bytes_sent(kind: str, each: _Instruction, operands: list[str]) -> float:
     return got - given if kind == "all-gather" else got
 
 
-def _bytes_moved(each: _Instruction, operands: list[str]) -> float:
+def _bytes_moved(each: _Instruction, operands: list[str], computations: Mapping[str, list[_Instruction]]) -> float:
     if each.op in NO_TRAFFIC or each.op.endswith("-done"):
         return 0
     given, got = [shape_bytes(shape, in_memory=True) for shape in operands], shape_bytes(each.shape, in_memory=True)
+    if each.op == "slice-start":  # whose result has the operands in it
+        return shape_bytes(each.shape) - sum(map(shape_bytes, operands)) + got - sum(given)
     if each.op in SLICES:
         return 2 * got
     if "dynamic-update-slice" in f"{each.op} {each.name}":  # in place
         return 2 * sum(size for size in given if size < got)
+    if each.op == "fusion" and (called := _called(each.text)):
+        given = [size and min(size, _bytes_read(called[0], at, computations)) for at, size in enumerate(given)]
     return sum(given) if each.op.endswith("-start") else sum(given) + got
+
+
+def _bytes_read(name: str, number: int, computations: Mapping[str, list[_Instruction]]) -> float:
+    """Of a parameter of a fusion, by its number: the slices of it, where nothing else is taken, or all."""
+    body = computations.get(name, [])
+    parameter = next((each for each in body if each.op == "parameter" and f" parameter({number})" in each.text), None)
+    if parameter is None:
+        return math.inf
+    read = 0.0
+    for user in (each for each in body if parameter.name in each.operands):
+        if user.op in SLICES:
+            read += shape_bytes(user.shape)
+        elif user.op == "fusion" and (called := _called(user.text)):
+            places = [at for at, operand in enumerate(user.operands) if operand == parameter.name]
+            read += sum(_bytes_read(called[0], at, computations) for at in places)
+        else:
+            return math.inf
+    return read
 
 
 def shape_bytes(shape: str, in_memory: bool = False) -> float:

@@ -118,9 +118,9 @@ def rows_of(run):
 def test_the_script_from_end_to_end_and_resumed(config, capsys, monkeypatch):
     drawn, preference_batch = [], finetune.preference_batch
 
-    def recording(data, batch_size, seed, step):
+    def recording(data, batch_size, seed, step, rows):
         drawn.append((len(data.prompts), batch_size, seed, step))
-        return preference_batch(data, batch_size, seed, step)
+        return preference_batch(data, batch_size, seed, step, rows)
 
     monkeypatch.setattr(finetune, "preference_batch", recording)
     config = dataclasses.replace(config, seed=3)

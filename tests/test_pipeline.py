@@ -115,6 +115,7 @@ def test_every_estimator_runs(config, name):
     assert ("explained_variance" in row) == ESTIMATORS[name].critic
 
 
+@pytest.mark.slow
 def test_ppo_runs_with_its_critic_minibatches_and_a_target(config):
     found = estimator_metrics(config, "ppo", epochs=2, minibatches=2, kl_target=1e-9, kl_horizon=64.0)
     assert found[0]["ratio_max"] > 1.00001 and found[0]["logprob_gap"] < 1e-5
@@ -140,6 +141,7 @@ def test_dapo_fills_the_batch_with_groups_that_have_a_signal(config, programs):
     assert found[0]["reward_std"] > once[0]["reward_std"], "of what was learned from"
 
 
+@pytest.mark.slow
 def test_noise_is_measured_when_it_is_asked_for(config):
     found = estimator_metrics(change(config, "reinforce.noise_every", 2), "rloo")
     assert ["critical_batch_size" in row for row in found] == [True, False, True, False]

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import plan
+from experiments import plan, plan_slices
 from experiments.planning import CHIPS, Plan, Work, count_flops, count_work, describe, extend, roofline, shape_bytes
+from experiments.programs import argument_bytes, measure_peak
 from rl_jax.errors import InputError
 from rl_jax.run.spmd import each_device, make_mesh, pmapped
 
@@ -69,7 +70,33 @@ TPU = """HloModule jit_step
 
 %fused (p: f32[8,4]) -> f32[4] {
   %p = f32[8,4]{1,0:T(8,128)} parameter(0)
-  ROOT %all-reduce-scatter = f32[4]{0} reduce-scatter(%p), replica_groups={{0,1}}, to_apply=%add
+  %all-reduce = f32[8,4]{1,0:T(8,128)} all-reduce(%p), channel_id=1, replica_groups={{0,1}}, to_apply=%add
+  ROOT %own = f32[4]{0} dynamic-slice(%all-reduce), dynamic_slice_sizes={1,4}
+}
+
+%begin (b: f32[4]) -> f32[8] {
+  %b = f32[4]{0:S(1)} parameter(0)
+  ROOT %g = f32[8]{0:S(1)} all-gather(%b), channel_id=2, backend_config={"async_collective_fusion_config":{}}
+}
+
+%go_on (b: f32[4]) -> f32[8] {
+  %b = f32[4]{0:S(1)} parameter(0)
+  ROOT %g.1 = f32[8]{0:S(1)} all-gather(%b), channel_id=2, backend_config={"async_collective_fusion_config":{}}
+}
+
+%part (p.1: bf16[16,64]) -> bf16[2,64] {
+  %p.1 = bf16[16,64]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %slice = bf16[2,64]{1,0} slice(%p.1), slice={[0:2], [0:64]}
+}
+
+%sliced (q: s32[], p.2: bf16[16,64], p.3: bf16[16,64]) -> f32[64] {
+  %q = s32[]{:T(128)} parameter(0)
+  %p.2 = bf16[16,64]{1,0:T(8,128)(2,1)} parameter(1)
+  %p.3 = bf16[16,64]{1,0:T(8,128)(2,1)} parameter(2)
+  %nested = bf16[2,64]{1,0} fusion(%p.2), kind=kLoop, calls=%part
+  %row = bf16[1,64]{1,0} dynamic-slice(%p.2, %q, %q), dynamic_slice_sizes={1,64}
+  %all = bf16[16,64]{1,0} negate(%p.3)
+  ROOT %sum = f32[64]{0} custom-call(%nested, %row, %all)
 }
 
 %body (c: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
@@ -77,6 +104,7 @@ TPU = """HloModule jit_step
   %x = f32[8,4]{1,0:T(8,128)} get-tuple-element(%c), index=1
   %near = f32[8,4]{1,0:T(8,128)S(1)} copy(%x)
   %part = f32[4]{0} fusion(%near), kind=kCustom, calls=%fused
+  %stage = f32[8]{0:S(1)} fusion(%few), kind=kCustom, calls=%go_on
   ROOT %t = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) tuple(%x, %x)
 }
 
@@ -91,6 +119,11 @@ ENTRY %main (a: (s32[], f32[8,4])) -> f32[16,4] {
   %a = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
   %w = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) while(%a), condition=%condition, body=%body
   %y = f32[8,4]{1,0:T(8,128)} get-tuple-element(%w), index=1
+  %cache = bf16[16,64]{1,0:T(8,128)(2,1)} copy-done(%a)
+  %zero = s32[]{:T(128)} constant(0)
+  %stage.1 = f32[8]{0:S(1)} fusion(%few.1), kind=kCustom, calls=%begin
+  %sum.1 = f32[64]{0:S(1)} fusion(%zero, %cache, %cache), kind=kCustom, calls=%sliced
+  %early = ((bf16[16,64]{1,0}), bf16[4,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%cache), slice={[0:4], [0:64]}
   %start = (f32[8,4]{1,0}, f32[16,4]{1,0}) all-gather-start(%y), dimensions={0}
   ROOT %done = f32[16,4]{1,0} all-gather-done(%start)
 }
@@ -99,9 +132,11 @@ ENTRY %main (a: (s32[], f32[8,4])) -> f32[16,4] {
 
 def test_text_of_a_tpu():
     work = count_work(TPU, (100,))  # the loop says its own rounds
-    assert work.collectives == {"reduce-scatter": 1, "all-gather": 1}
-    assert work.sent == 6 * 4 * 32 + 4 * 32
-    assert work.moved == 6 * (4 * 32 + 4 * 4) + 4 * 32  # what lies in vector memory moves for nothing
+    assert work.collectives == {"reduce-scatter": 1, "all-gather": 2}
+    assert work.sent == 6 * 4 * 32 + 4 * 4 + 4 * 32  # the second gathering goes on in the loop
+    in_loop, early = 4 * 32 + 4 * 4, 2 * 64 * 4 + 4
+    sliced = 4 + 2 * 64 * (2 + 1) + 2 * 64 * 16  # two slices of one operand, and all of another
+    assert work.moved == 6 * in_loop + sliced + early + 4 * 32  # what lies in vector memory moves for nothing
     assert shape_bytes("(bf16[3,5]{1,0}, /*index=1*/pred[7], s4[8], f8e4m3fn[2]{0:T(128)S(1)})") == 30 + 7 + 4 + 2
 
 
@@ -127,12 +162,24 @@ def test_a_line_through_two_depths_meets_the_third():
     assert extend(line, whole, 0).needed == line.needed
 
 
+def test_a_line_to_what_is_refused(monkeypatch):
+    config, mesh = plan.Config(**SMALL | {"model": "6x32x4"}, layers_compiled=2), make_mesh()
+    plans = iter(2 * [Plan(1, 0, 1, 2, 1, Work(1, {}, 1)), Plan(2, 0, 50, 52)])
+    monkeypatch.setattr(plan, "compile_program", lambda program, chips: next(plans))
+    line = plan.plan_program("pretraining", config, mesh)
+    whole = argument_bytes(plan.make_program("pretraining", config, plan.model_config(config), mesh))
+    assert line.work is None and line.arguments == whole and line.needed == whole + 50
+    assert plan.plan_row("pretraining", config, jax.devices(), str)[0]["layers compiled"] == "2 and 4"
+    assert plan.depths(config, 4) == (4,) and plan.depths(config, 5) == (2, 4)
+
+
 @pytest.mark.parametrize("mesh", ["", "data=2,fsdp=2,tensor=2"])
 def test_the_command(tmp_path, mesh, capsys):
     plan.main(plan.Config(**SMALL, mesh=mesh, folder=tmp_path))
     rows = json.loads((tmp_path / "table.json").read_text("utf-8"))
     assert [row["program"] for row in rows] == list(plan.PROGRAMS)
     assert all(row["Tflop"] > 0 and row["moved, GB"] > 0 and row["needed, GiB"] > 0 for row in rows)
+    assert all(row["layers compiled"] == "all" for row in rows)
     assert all(row["sent, GB"] > 0 for row in rows if mesh or row["program"] != "rollout")
     assert "pretraining: compiling" in capsys.readouterr().out
 
@@ -142,8 +189,8 @@ def test_arguments_are_what_the_layout_says():
     mesh = make_mesh(jax.devices(), plan.parse_mesh(config.mesh, 8))
     program = plan.make_program("pretraining", config, plan.model_config(config), mesh)
     matrices = 2048 * 32 + 4 * 32 * 32 + 3 * 32 * plan.model_config(config).mlp_width
-    assert plan.argument_bytes(program) == pytest.approx(3 * 4 * matrices / 8, rel=0.05)  # parameters, two moments
-    assert plan.compile_program(program, 8).arguments == pytest.approx(plan.argument_bytes(program), rel=0.01)
+    assert argument_bytes(program) == pytest.approx(3 * 4 * matrices / 8, rel=0.05)  # parameters, two moments
+    assert plan.compile_program(program, 8).arguments == pytest.approx(argument_bytes(program), rel=0.01)
 
 
 def test_changes_until_it_fits(monkeypatch):
@@ -188,10 +235,72 @@ def test_a_missing_compiler_is_named():
         plan.named_devices("v5e:2x4")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is missing")
-def test_a_tpu_that_is_not_there(tmp_path):
-    plan.main(plan.Config(**SMALL | {"topology": "v5e:2x4"}, programs=("pretraining",), folder=tmp_path))
+def test_what_a_refusal_says():
+    whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded by 1.75G."
+    parts = "Ran out of memory on HBM, the total memory required for HLO temporaries (512.00M) exceeds available HBM."
+    assert plan.refused_bytes(whole, 2**30) == 17.5 * 2**30
+    assert plan.refused_bytes(parts, 2**30) == 1.5 * 2**30
+    assert plan.refused_bytes("INTERNAL: Mosaic failed to compile", 2**30) is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is missing: requirements-tpu.txt")
+@pytest.mark.parametrize("program", plan.PROGRAMS)
+def test_a_tpu_that_is_not_there(tmp_path, program):
+    plan.main(plan.Config(**SMALL | {"topology": "v5e:2x4"}, programs=(program,), folder=tmp_path))
     (row,) = json.loads((tmp_path / "table.json").read_text("utf-8"))
     assert row["fits"] == "yes" and np.isfinite(row["tokens/s at most"])
     with pytest.raises(InputError, match="none that libtpu knows"):
         plan.named_devices("v5e:3x5")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is missing: requirements-tpu.txt")
+def test_a_tpu_that_is_too_small():
+    config = plan.Config("v5e:2x2", "2x2048x16", context=16384, windows=16, programs=("pretraining",))
+    row, _ = plan.plan_row("pretraining", config, plan.choose_devices(config.topology), str)
+    assert row["fits"] == "no" and row["needed, GiB"] > row["of, GiB"] == 16
+    assert row["would fit with"]
+
+
+@pytest.mark.parametrize("program", ["pretraining", pytest.param("update", marks=pytest.mark.slow)])
+def test_memory_that_is_planned_is_taken(program):
+    sizes = {"model": "2x256x4", "context": 512, "windows": 8, "completions": 64, "completion_length": 60}
+    config = plan.Config(**SMALL | sizes, dtype="float32")
+    mesh = make_mesh(jax.devices()[:1])
+    made = plan.make_program(program, config, plan.model_config(config), mesh)
+    needed = plan.compile_program(made, 1).needed
+    assert measure_peak(made, mesh) == pytest.approx(needed, rel=0.15)
+
+
+def test_memory_is_measured_where_it_can_be(monkeypatch):
+    config, mesh = plan.Config(**SMALL), make_mesh()
+    made = plan.make_program("pretraining", config, plan.model_config(config), mesh)
+    monkeypatch.setattr(plan.Path, "exists", lambda path: False)
+    with pytest.raises(InputError, match="leave out measure"):
+        measure_peak(made, mesh)
+
+
+def test_slices_are_planned_once(tmp_path, monkeypatch):
+    planned = []
+
+    def plan_row(name, config, devices, say):
+        planned.append((config.topology, config.model, name))
+        return {"program": name, "fits": "yes", "bound by": "memory", "tokens/s at most": 80.0}, {}
+
+    monkeypatch.setattr(plan, "plan_row", plan_row)
+    monkeypatch.setattr(plan, "choose_devices", lambda topology: jax.devices())
+    plan_slices.main(plan_slices.Config(only=("v5e:2x4",), programs=("rollout",), folder=tmp_path))
+    plan_slices.main(plan_slices.Config(only=("v5e:2x4",), programs=("rollout", "update"), folder=tmp_path))
+    rows = json.loads((tmp_path / "table.json").read_text("utf-8"))
+    assert [row["program"] for row in rows] == ["rollout", "update"] * (len(rows) // 2)
+    assert len(planned) == len(set(planned)) == len(rows)
+    assert all(row["tokens/s a chip at most"] == 10 for row in rows)
+    with pytest.raises(InputError, match=r"No case is of 2B: take some of v5e:2x4, 135M"):
+        plan_slices.main(plan_slices.Config(only=("2B",), folder=tmp_path))
+
+
+def test_the_table_of_the_docs_is_of_the_cases():
+    text = (plan.Path(__file__).parents[1] / "docs/plan.md").read_text("utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| v")]
+    assert rows and {(row[0], row[2], row[3]) for row in rows} <= set(plan_slices.CASES)

@@ -150,9 +150,10 @@ def _writing(checkpoints: Checkpoints) -> Generator[None]:
 
 def _fingerprints(state: PyTree, config: dict[str, Any]) -> dict[str, int]:
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    arrays = {jax.tree_util.keystr(path): fingerprint(leaf) for path, leaf in leaves}
+    # One at a time, as `pmapped` has it between processes.
+    arrays = {jax.tree_util.keystr(path): int(fingerprint(leaf)) for path, leaf in leaves}
     settings = {"config": zlib.crc32(json.dumps(config, sort_keys=True).encode())}
-    return settings | {name: int(value) for name, value in jax.device_get(arrays).items()}
+    return settings | arrays
 
 
 def _read(checkpoints: Checkpoints, step: int, like: TrainState) -> TrainState:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rl_jax.errors import InputError
@@ -72,7 +73,9 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, shape: Mapping[str, i
     shape = shape or {"data": len(devices)}
     sizes = tuple(shape.get(axis, 1) for axis in AXES)
     # The default axis type is Explicit, under which a Linen embedding of sharded weights fails.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # As `jax.make_mesh`, which refuses to cut the torus of a TPU within an axis of it: 64 x 4 of 16 x 16.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_parts(mesh: Mesh) -> int:
@@ -137,7 +140,10 @@ def pmapped(
             _check_divisible(axes, arg, mesh, f"Argument {number} of {name}")
         if jax.process_count() > 1:
             args = tuple(_spread(arg, axes, mesh) for arg, axes in zip(args, in_axes, strict=True))
-        return compiled(*args)
+        results = compiled(*args)
+        # Gloo, between processes on CPUs, confuses programs that are under way at once, and they never end.
+        in_turn = jax.process_count() > 1 and mesh.devices.flat[0].platform == "cpu"
+        return jax.block_until_ready(results) if in_turn else results
 
     vars(checked).update(lower=compiled.lower, _cache_size=compiled._cache_size)
     return checked
