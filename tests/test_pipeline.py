@@ -126,11 +126,13 @@ def test_ppo_runs_with_its_critic_minibatches_and_a_target(config):
     ), "the critic stays with the run"
 
 
+@pytest.mark.slow
 def test_remax_runs_with_a_reward_on_text(config):
     config = change(config, "reward", RewardConfig(("keyword",), keywords=("a",)))
     assert max(row["reward_std"] for row in estimator_metrics(config, "remax")) > 0
 
 
+@pytest.mark.slow
 def test_dapo_fills_the_batch_with_groups_that_have_a_signal(config, programs):
     rare = change(config, "reward", RewardConfig(("keyword",), keywords=("a",)))
     found = estimator_metrics(change(rare, "run", config.run.with_name("filled")), "dapo", sampling_rounds=6)
