@@ -112,6 +112,18 @@ def test_restores_onto_the_devices_that_are_asked_for(folder):
     assert restored.params["w"].addressable_shards[0].data.shape == (1, 1000)
 
 
+def test_restores_from_eight_devices_to_one(tmp_path):
+    cut = {"w": 0, "half": 0, "odd": None}
+    axes = TrainState(step=None, params=cut, opt_state=None, baseline=None, kl_coefficient=None, nonfinite=None)
+    checkpoints = open_checkpoints(tmp_path, CONFIG)
+    save_checkpoint(checkpoints, put(make_state(2), make_mesh(), axes))
+    close_checkpoints(checkpoints)
+    one = make_mesh(jax.devices()[3:4])
+    restored = restore(tmp_path, like=put(make_state(0), one))
+    assert_same_bits(restored, make_state(2))
+    assert all(leaf.devices() == {jax.devices()[3]} for leaf in jax.tree.leaves(restored))
+
+
 def test_nothing_there_is_none(tmp_path):
     assert restore(tmp_path / "new") is None
 

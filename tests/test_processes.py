@@ -213,7 +213,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(victim, after, pip
 
 
 @pytest.mark.slow
-def test_a_run_on_eight_devices_goes_on_on_one(pipeline, whole, tmp_path):
+def test_a_run_of_one_process_goes_on_in_four_on_another_mesh(pipeline, whole, tmp_path):
     run = tmp_path / "run"
     started = Processes(tmp_path, 1, pipeline(run, "--mesh", "fsdp=2,tensor=2"))
     started.wait_for_rows(run, "rl", 5)
