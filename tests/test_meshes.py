@@ -41,11 +41,11 @@ def mesh_of(sizes):
     return make_mesh(jax.devices()[: math.prod(sizes)], shape)
 
 
-def assert_close(got, expected):
+def assert_close(got, expected, atol=3e-5):
     for (path, array), wanted in zip(
         jax.tree_util.tree_leaves_with_path(jax.device_get(got)), jax.tree.leaves(expected), strict=True
     ):
-        np.testing.assert_allclose(array, wanted, rtol=1e-3, atol=1e-4, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(array, wanted, rtol=1e-3, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
 def pretrained(sizes, config):
@@ -176,7 +176,8 @@ def test_shared_reference(sizes):
 def test_every_estimator(sizes, name):
     (completions, *others), (expected, *wanted) = reinforced(sizes, name), reinforced_alone(name)
     np.testing.assert_array_equal(completions, expected)
-    assert_close(others, wanted)
+    # Its ratios of single tokens multiply what sums lose in another order.
+    assert_close(others, wanted, atol=1e-4 if name == "importance_token" else 3e-5)
 
 
 def test_layouts_cut_what_divides():
