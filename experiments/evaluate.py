@@ -209,11 +209,11 @@ def load_judge(name: str) -> Judge:
     return judge
 
 
-def make_sampling(config: Config, tokenizer: Any) -> Sampling:
-    """How the settings sample."""
+def make_sampling(config: Config, ends: tuple[int, ...]) -> Sampling:
+    """How the settings sample, until one of the ids that end a completion."""
     names = ("temperature", "top_k", "top_p", "min_p")
     settings = {name: getattr(config, name) for name in names}
-    return Sampling(config.length, config.completions, eos=(tokenizer.eos_token_id,), **settings)
+    return Sampling(config.length, config.completions, eos=ends, **settings)
 
 
 def row(
@@ -307,7 +307,7 @@ def main(config: Config) -> None:
     rewards, encoded, samplings = {}, {}, {}
     for name, policy in policies.items():
         encoded[name] = encode_prompts(policy.tokenizer, prompts, policy.config.context, config.length)
-        samplings[name] = make_sampling(config, policy.tokenizer)
+        samplings[name] = make_sampling(config, policy.ends)
         rewards[name] = make_rewards(config.reward, policy.tokenizer)
     folder = config.run
     on_first(lambda: open_results(folder))

@@ -74,7 +74,7 @@ def main(config: Config) -> None:
         top_k=config.top_k,
         top_p=config.top_p,
         min_p=config.min_p,
-        eos=(tokenizer.eos_token_id,),
+        eos=policy.ends,
         ignore_eos=config.ignore_eos,
     )
     room = policy.config.context - config.length

@@ -24,15 +24,9 @@ from experiments.judgements import Judgements
 from experiments.options import describe_estimator
 from experiments.pretrain import Pretraining, load_text, model_config, pretrain, saved_tokenizer
 from experiments.pretrain import check as check_pretraining
-from experiments.reinforce import (
-    Reinforcing,
-    check_text_reward,
-    make_gold,
-    make_sampling,
-    reinforce,
-    split_prompts,
-)
-from experiments.reinforce import check as check_reinforcing
+from experiments.reinforce import reinforce
+from experiments.reinforcing import Reinforcing, check_text_reward, make_gold, make_sampling, split_prompts
+from experiments.reinforcing import check as check_reinforcing
 from experiments.rounds import Preferring, make_learn, prepare
 from experiments.train_reward import Learning
 from rl_jax.data.tokenizer import save_tokenizer
@@ -86,7 +80,7 @@ def main(config: Config) -> None:
     check_text_reward(gold, prompts, text.tokenizer)
 
     estimator = describe_estimator(rl.estimator, rl.options, rl.group_size)
-    sampling = make_sampling(rl, text.tokenizer.eos_token_id)
+    sampling = make_sampling(rl, (text.tokenizer.eos_token_id,))
     run = open_run(config.run, "experiments/pipeline.py", config, estimator=estimator)
     save_tokenizer(run / "policy", text.tokenizer)
     writer = open_metrics(run)

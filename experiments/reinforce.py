@@ -13,33 +13,39 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tyro
 
 from experiments.collect import Collected, make_collect, make_sample
-from experiments.compare import Comparing, compare
+from experiments.compare import compare
 from experiments.complete import complete
 from experiments.gold import make_gold_metrics
 from experiments.judge import failures_kept, make_judge
 from experiments.mapped import UpdateFn, make_learning, make_update
-from experiments.options import EstimatorOptions, chosen_estimator, describe_estimator
-from experiments.pretrain import HELD_OUT, check_counts, check_optimizer
+from experiments.options import chosen_estimator, describe_estimator
+from experiments.pretrain import HELD_OUT
+from experiments.reinforcing import (
+    Prompts,
+    Reinforcing,
+    check,
+    check_text_reward,
+    make_gold,
+    make_sampling,
+    split_prompts,
+)
 from rl_jax.data.corpus import read_passages, split_held_out
-from rl_jax.data.prompts import decode_completions, passage_openings, prompt_batch
-from rl_jax.errors import InputError
-from rl_jax.keys import Purpose, check_seed, step_key
+from rl_jax.data.prompts import prompt_batch
+from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import init_state, make_optimizer
 from rl_jax.microbatch import sum_over_whole
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
 from rl_jax.models.layout import model_axes, put_model, put_shared
-from rl_jax.models.transformer import TransformerConfig, add_value_head
-from rl_jax.reinforce.estimators import ESTIMATORS
-from rl_jax.rewards.compose import Reward, RewardConfig, make_reward, try_text_reward
-from rl_jax.rollout import check_lengths, compute_params
+from rl_jax.models.transformer import add_value_head
+from rl_jax.rewards.compose import Reward, RewardConfig, make_reward
+from rl_jax.rollout import compute_params
 from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
 from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.loop import run_main, train
@@ -47,58 +53,8 @@ from rl_jax.run.machine import Machine
 from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
 from rl_jax.run.spmd import AS_IT_IS, batch_parts, join_rows, make_mesh, pmapped, rows_here
-from rl_jax.sampling import Sampling
 from rl_jax.scoring import make_score_fn
-from rl_jax.sign_check import check_signs
 from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
-
-COUNTS = ("prompts", "group_size", "prompt_length", "completion_length", "steps", "checkpoint_every")
-
-
-@dataclasses.dataclass(frozen=True)
-class Reinforcing:
-    """Reinforcement: what is sampled, and how the policy learns from it."""
-
-    prompts: int = 16
-    """Prompts in an update."""
-    group_size: int = 4
-    """Completions of each prompt."""
-    prompt_length: int = 16
-    """Most tokens of a prompt, the opening of a held-out passage up to the end of a word."""
-    completion_length: int = 48
-    """Most tokens of a completion."""
-    temperature: float = 0.8
-    """Divides the logits that completions are sampled from."""
-    top_k: int = 0
-    """Sample among this many of the likeliest tokens; 0 means all."""
-    top_p: float = 1.0
-    """Sample among the fewest tokens that have this probability together; 1 means all."""
-    min_p: float = 0.0
-    """Sample among tokens with at least this share of the highest probability; 0 means all."""
-    estimator: Annotated[str, tyro.conf.arg(help=f"The algorithm: {', '.join(ESTIMATORS)}.")] = "rloo"
-    options: Annotated[EstimatorOptions, tyro.conf.arg(name="")] = EstimatorOptions()
-    steps: int = 90
-    """Updates."""
-    learning_rate: float = 3e-4
-    """Learning rate of AdamW after the warm-up."""
-    warmup: int = 5
-    """Updates in which the learning rate rises to that."""
-    weight_decay: float = 0.0
-    """Weight decay of matrices."""
-    clip_norm: float = 1.0
-    """Longest gradient, global L2 norm."""
-    slots: int = 0
-    """Completions sampled at once, the others waiting their turn, to save memory; 0 for all of them."""
-    tokens_at_once: int = 0
-    """Tokens that go through the update at once, about, on each device: memory against speed; 0 for what suits it."""
-    reference: Literal["whole", "shared"] = "whole"
-    """Whether each device has the whole of the reference policy, or a part that is gathered for each update: less
-    memory, more to communicate."""
-    noise_every: int = 0
-    """Updates between measurements of the gradient's noise, by a gradient for each prompt; 0 for none."""
-    checkpoint_every: int = 50
-    """Updates between checkpoints."""
-    compare: Comparing = Comparing()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,87 +79,6 @@ class Config:
     seed: int = 0
     """Seed of everything random but the held-out passages, which are the same for all seeds."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
-
-
-class Prompts(NamedTuple):
-    """Left-padded prompts to learn from, and those kept for the comparison. int32 [M, P], bool [M, P]."""
-
-    train: tuple[np.ndarray, np.ndarray]
-    held_out: tuple[np.ndarray, np.ndarray]
-
-
-def make_sampling(settings: Reinforcing, eos: int) -> Sampling:
-    """How the settings sample."""
-    names = ("group_size", "temperature", "top_k", "top_p", "min_p")
-    return Sampling(settings.completion_length, eos=(eos,), **{name: getattr(settings, name) for name in names})
-
-
-def split_prompts(settings: Reinforcing, tokenizer: Any, passages: list[str]) -> Prompts:
-    """Openings of held-out passages, some from all over the corpus kept for the comparison."""
-    prompts, mask = passage_openings(tokenizer, passages, settings.prompt_length)
-    kept = settings.compare.prompts
-    if len(prompts) < kept + settings.prompts:
-        raise InputError(
-            f"The corpus holds out {len(prompts)} passages with an opening of {settings.prompt_length} tokens; "
-            f"{settings.prompts} prompts an update and {kept} to compare on need {kept + settings.prompts}. "
-            "Give more text, fewer prompts or shorter ones."
-        )
-    chosen = np.zeros(len(prompts), bool)
-    chosen[np.arange(kept) * len(prompts) // max(kept, 1)] = True
-    return Prompts((prompts[~chosen], mask[~chosen]), (prompts[chosen], mask[chosen]))
-
-
-def check(
-    settings: Reinforcing, config: TransformerConfig, reward: Reward, prompts: Prompts, tokenizer: Any, seed: int
-) -> None:
-    """Raise InputError for settings that cannot work, before anything is trained."""
-    check_seed(seed)
-    check_optimizer(settings.learning_rate, settings.warmup, settings.weight_decay, settings.clip_norm)
-    counts: dict[str, int] = {name: getattr(settings, name) for name in COUNTS}
-    counts |= {f"compare.{name}": count for name, count in dataclasses.asdict(settings.compare).items()}
-    check_counts(counts)
-    check_lengths(settings.prompt_length, make_sampling(settings, tokenizer.eos_token_id), config)
-    if settings.prompt_length + settings.completion_length > reward.context:
-        raise InputError(
-            f"A prompt of {settings.prompt_length} tokens and a completion of {settings.completion_length} are longer "
-            f"than the reward model's context of {reward.context}: shorten one of them."
-        )
-    if settings.temperature == 0:
-        raise InputError("A policy learns from sampled completions: give a temperature above 0.")
-    estimator = chosen_estimator(settings.estimator, settings.options, settings.group_size)
-    parts = batch_parts(make_mesh())
-    if settings.prompts * settings.group_size % (estimator.minibatches * parts):
-        raise InputError(
-            f"{settings.prompts} prompts x {settings.group_size} completions do not divide into "
-            f"{estimator.minibatches} minibatches over {parts} devices."
-        )
-    if settings.prompts % parts:
-        raise InputError(f"prompts is {settings.prompts}, which does not divide over {parts} devices.")
-    completions = settings.prompts * settings.group_size
-    if estimator.kl_target is not None and estimator.kl_horizon <= completions / 5:
-        raise InputError(
-            f"kl_horizon is {estimator.kl_horizon}; with {completions} completions an update it must be above "
-            f"{completions / 5:g}, or the coefficient could change its sign."
-        )
-    for name in ("slots", "tokens_at_once"):
-        if getattr(settings, name) < 0:
-            raise InputError(f"{name} is {getattr(settings, name)}; it must be at least 1, or 0.")
-    if settings.noise_every < 0 or (settings.noise_every and settings.prompts < 2):
-        raise InputError("noise_every must be at least 0, and a noise is measured between at least 2 prompts.")
-    check_text_reward(reward, prompts, tokenizer)
-    check_signs(estimator)
-
-
-def check_text_reward(reward: Reward | None, prompts: Prompts, tokenizer: Any) -> None:
-    """Try the part of a reward that is a function of text: a mistake in it should show before anything is trained."""
-    if reward is not None:
-        texts = decode_completions(tokenizer, *(part[:4] for part in prompts.train))
-        try_text_reward(reward, texts, texts)
-
-
-def make_gold(config: RewardConfig, tokenizer: Any) -> Reward | None:
-    """The reward to look at beside the one that is optimised, if one is named."""
-    return make_reward(config, tokenizer) if config != RewardConfig(names=()) else None
 
 
 def reinforce(
@@ -234,7 +109,7 @@ def reinforce(
         rounds: equal parts of RL, each with a reward of its own.
     """
     config, tokenizer, mesh = policy.config, policy.tokenizer, make_mesh()
-    sampling = make_sampling(settings, tokenizer.eos_token_id)
+    sampling = make_sampling(settings, policy.ends)
     estimator = chosen_estimator(settings.estimator, settings.options, settings.group_size)
     schedule = optax.linear_schedule(
         settings.learning_rate / (settings.warmup + 1), settings.learning_rate, settings.warmup
@@ -346,7 +221,7 @@ def reinforce(
         shown=("loss", "reward", *(["gold"] if gold else []), "kl", "tokens_per_second"),
     )
     close_checkpoints(checkpoints)
-    return Policy(state.params, config, tokenizer)
+    return policy._replace(params=state.params)
 
 
 def main(config: Config) -> None:
@@ -366,7 +241,7 @@ def main(config: Config) -> None:
         tuned = reinforce(config.reinforce, policy, reward, prompts, config.seed, run, writer, gold)
     writer.close()
     save_policy(run / "policy", tuned)
-    sampling = make_sampling(config.reinforce, policy.tokenizer.eos_token_id)
+    sampling = make_sampling(config.reinforce, policy.ends)
     summary, pairs = compare(
         config.reinforce.compare, policy, tuned, reward, prompts.held_out, sampling, config.seed, gold, writer.keep
     )

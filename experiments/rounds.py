@@ -12,7 +12,7 @@ from experiments.complete import Sampled, complete
 from experiments.judge import Failures, failures_kept, make_judge
 from experiments.judgements import HELD_OUT, Judgements, judge_pairs, kind_of, load_judgements, read_pairs, write_pairs
 from experiments.pretrain import check_counts
-from experiments.reinforce import Prompts
+from experiments.reinforcing import Prompts
 from experiments.train_reward import Learning, check, train_reward
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, step_key

@@ -311,9 +311,7 @@ def main(config: Config) -> None:
     policy = load_policy(config.policy, config.dtype)
     data = load_judgements(config.preferences, config.held_out, policy.tokenizer, policy.config.context)
     check(config.learn, policy.config, kind_of(data.train), len(data.train.labels), config.seed)
-    sampling = Sampling(
-        config.completion_length, config.normalize_completions, config.temperature, eos=(policy.tokenizer.eos_token_id,)
-    )
+    sampling = Sampling(config.completion_length, config.normalize_completions, config.temperature, eos=policy.ends)
     prompts = normalizing_prompts(config, data, policy.config)
     run = open_run(config.run, "experiments/train_reward.py", config)
     writer = open_metrics(run)

@@ -11,16 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
-from rl_jax.models.huggingface import (
-    Policy,
-    family,
-    from_settings,
-    from_tensors,
-    load_policy,
-    save_policy,
-    to_settings,
-    to_tensors,
-)
+from rl_jax.models.families import family, from_settings, to_settings
+from rl_jax.models.huggingface import Policy, load_policy, save_policy
+from rl_jax.models.tensors import from_tensors, to_tensors
 from rl_jax.models.transformer import gpt2, init_params, llama
 
 VOCAB = 260

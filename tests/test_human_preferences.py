@@ -17,7 +17,7 @@ from experiments.pretrain import Pretraining, model_config
 from experiments.recipes import human_preferences as recipe
 from experiments.recipes import human_preferences_data as recipe_data
 from experiments.recipes import ridge
-from experiments.reinforce import Reinforcing
+from experiments.reinforcing import Reinforcing
 from experiments.train_reward import Learning
 from rl_jax.data.ratings import SOURCES, Rated, Source
 from rl_jax.errors import InputError

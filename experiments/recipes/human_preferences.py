@@ -84,8 +84,9 @@ from experiments.recipes.human_preferences_data import (
 )
 from experiments.recipes.human_preferences_figures import draw_policy, draw_reward_model
 from experiments.recipes.ridge import fit_ridge, order_lead, order_share, rate_whole, ridge_ratings
-from experiments.reinforce import Prompts, Reinforcing, make_sampling, reinforce
-from experiments.reinforce import check as check_reinforcing
+from experiments.reinforce import reinforce
+from experiments.reinforcing import Prompts, Reinforcing, make_sampling
+from experiments.reinforcing import check as check_reinforcing
 from experiments.train_reward import Learning, train_reward
 from experiments.train_reward import check as check_learning
 from rl_jax.data.prompts import decode_completions
@@ -180,7 +181,7 @@ def learned_reward(
     config: Config, policy: Policy, judged: Judgements, prompts: Prompts, seed: int, run: Path, writer: MetricsWriter
 ) -> tuple[RewardModel, dict[str, Any]]:
     """A reward model, normalised on completions of the pretrained policy; and what is measured of it."""
-    sampling = dataclasses.replace(make_sampling(config.reinforce, policy.tokenizer.eos_token_id), group_size=2)
+    sampling = dataclasses.replace(make_sampling(config.reinforce, policy.ends), group_size=2)
     some, mask = (part[:NORMALIZING] for part in prompts.train)
     reference = complete(
         policy, None, (some, mask), {}, sampling, step_key(seed, Purpose.REFERENCE), "reference"
@@ -205,7 +206,7 @@ def learn_and_tune(config: Config, data: Data, policy: Policy, prompts: Prompts,
     save_policy(folder / "policy", tuned)
     save_reward_model(folder / "reward", model)
     asked = {name: make_judge(judge, tokenizer) for name, judge in ({LEARNED: reward} | dict(judges)).items()}
-    sampling = make_sampling(rl, tokenizer.eos_token_id)
+    sampling = make_sampling(rl, policy.ends)
     sampling = dataclasses.replace(sampling, group_size=rl.compare.completions)
     before, after = (
         complete(each, policy, prompts.held_out, asked, sampling, step_key(seed, Purpose.EVALUATE, number), stage)

@@ -12,7 +12,7 @@ import numpy as np
 from experiments.human_ratings import HELD_OUT
 from experiments.judgements import Judgements, gaps_of, votes_of
 from experiments.pretrain import Text
-from experiments.reinforce import Prompts, Reinforcing, split_prompts
+from experiments.reinforcing import Prompts, Reinforcing, split_prompts
 from rl_jax.data.corpus import encode_passages
 from rl_jax.data.preferences import Judged, encode_preferences
 from rl_jax.data.ratings import (

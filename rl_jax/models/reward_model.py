@@ -16,16 +16,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from rl_jax.errors import InputError
-from rl_jax.models.huggingface import (
-    family,
-    from_tensors,
-    read_model,
-    read_tensor,
-    read_tokenizer,
-    reading,
-    to_settings,
-    to_tensors,
-)
+from rl_jax.models.families import family, to_settings
+from rl_jax.models.huggingface import read_model, read_tokenizer, reading
+from rl_jax.models.tensors import from_tensors, read_tensor, to_tensors
 from rl_jax.models.transformer import TransformerConfig, hidden_states
 from rl_jax.run.processes import is_first
 from rl_jax.run.spmd import fetch

@@ -1,0 +1,125 @@
+"""Parameters, and the named tensors that `transformers` has in their place."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rl_jax.errors import InputError
+from rl_jax.models.families import family
+from rl_jax.models.transformer import TransformerConfig, init_params
+from rl_jax.types import PyTree
+
+# Our path in a block -> the name in a layer there. Kernels are [in, out] here and in GPT-2, [out, in] in Llama.
+GPT2_LAYER = {
+    "attention_norm": "ln_1",
+    "attention/out": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "mlp/up": "mlp.c_fc",
+    "mlp/down": "mlp.c_proj",
+}
+GPT2_REST = {"embedding": "wte", "position_embedding": "wpe", "final_norm": "ln_f"}
+LLAMA_LAYER = {
+    "attention_norm": "input_layernorm",
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.o_proj",
+    "attention/query_norm": "self_attn.q_norm",
+    "attention/key_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
+}
+LLAMA_REST = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "output": "lm_head"}
+
+
+def _name(module: str, is_gpt2: bool) -> str | None:
+    """The name there of a module here; None for GPT-2's fused projection, and for what the Transformer has not."""
+    layer_names, rest, prefix = (GPT2_LAYER, GPT2_REST, "h") if is_gpt2 else (LLAMA_LAYER, LLAMA_REST, "model.layers")
+    block, _, part = module.partition("/")
+    if not part:
+        return rest.get(module)
+    return f"{prefix}.{block.removeprefix('block_')}.{layer_names[part]}" if part in layer_names else None
+
+
+def _parameters(config: TransformerConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Path and shape of each parameter; one layer after another, since a config.json can ask for any number of them."""
+    one = dataclasses.replace(config, layers=1)
+    leaves: dict[str, Any] = flatten_dict(jax.eval_shape(lambda: init_params(jax.random.key(0), one)), sep="/")
+    block = {path.removeprefix("block_0/"): x.shape for path, x in leaves.items() if path.startswith("block_0/")}
+    yield from ((path, x.shape) for path, x in leaves.items() if not path.startswith("block_0/"))
+    for layer in range(config.layers):
+        yield from ((f"block_{layer}/{path}", shape) for path, shape in block.items())
+
+
+def to_tensors(params: PyTree, config: TransformerConfig) -> dict[str, np.ndarray]:
+    """Parameters as named tensors of `transformers`, float32."""
+    flat = {path: np.asarray(x, np.float32) for path, x in flatten_dict(params, sep="/").items()}
+    is_gpt2 = family(config) == "gpt2"
+    tensors = {}
+    for path, value in flat.items():
+        module, leaf = path.rsplit("/", 1)
+        if name := _name(module, is_gpt2):
+            value = value.T if leaf == "kernel" and not is_gpt2 else value
+            tensors[f"{name}.{'bias' if leaf == 'bias' else 'weight'}"] = np.ascontiguousarray(value)
+    if is_gpt2:
+        for layer in range(config.layers):
+            for leaf, name in (("kernel", "weight"), ("bias", "bias")):
+                fused = [flat[f"block_{layer}/attention/{part}/{leaf}"] for part in ("query", "key", "value")]
+                tensors[f"h.{layer}.attn.c_attn.{name}"] = np.concatenate(fused, axis=-1)
+    return tensors
+
+
+def from_tensors(tensors: Mapping[str, np.ndarray], config: TransformerConfig) -> PyTree:
+    """Named tensors of `transformers` as parameters.
+
+    Raises:
+        InputError: a tensor is missing, has another shape than the configuration says, or holds other than finite
+            floating-point numbers.
+    """
+    is_gpt2 = family(config) == "gpt2"
+    flat = {}
+    for path, wanted in _parameters(config):
+        module, leaf = path.rsplit("/", 1)
+        suffix = "bias" if leaf == "bias" else "weight"
+        block, _, part = module.partition("/attention/")
+        fused = is_gpt2 and part in ("query", "key", "value")
+        name = f"h.{block.removeprefix('block_')}.attn.c_attn" if fused else _name(module, is_gpt2)
+        name = f"{name}.{suffix}"
+        value = tensors.get(name, tensors.get(f"transformer.{name}"))
+        if value is None:
+            raise InputError(
+                f"The model's weights lack the tensor {name}, which its config.json asks for; copy or train it again."
+            )
+        shape = (*wanted[:-1], 3 * wanted[-1]) if fused else wanted
+        shape = shape[::-1] if leaf == "kernel" and not is_gpt2 else shape
+        value = read_tensor(name, value, shape)
+        if fused:
+            value = np.split(value, 3, axis=-1)[("query", "key", "value").index(part)]
+        value = value.T if leaf == "kernel" and not is_gpt2 else value
+        flat[path] = jnp.array(value)
+    return unflatten_dict(flat, sep="/")
+
+
+def read_tensor(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of a file as float32.
+
+    Raises:
+        InputError: it has another shape, another kind of numbers, or some that are not finite.
+    """
+    again = "copy or train it again"
+    if value.shape != shape:
+        raise InputError(f"The tensor {name} has shape {value.shape}; its config.json asks for {shape}: {again}.")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise InputError(f"The tensor {name} holds {value.dtype}, not floating-point numbers: {again}.")
+    with np.errstate(over="ignore"):
+        value = np.asarray(value, np.float32)
+    if not np.isfinite(value).all():
+        raise InputError(f"The tensor {name} has numbers that are not finite in float32: {again}.")
+    return value
