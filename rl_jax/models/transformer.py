@@ -117,13 +117,26 @@ class Cache(NamedTuple):
     mask: Array
 
 
-def _project(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
-    return project(x, kernel)  # Linen also gives the dimensions, which are always these
+class Dense(nn.Module):
+    """A dense layer, and the low-rank adapter (Hu 2021) that stands beside its kernel where the parameters have one."""
+
+    features: int
+    bias: bool
+    dtype: Literal["float32", "bfloat16"]
+    std: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+        out = project(x, kernel.astype(self.dtype))
+        if self.has_variable("params", "lora_a"):
+            low, high = (jnp.asarray(self.get_variable("params", f"lora_{leaf}"), self.dtype) for leaf in "ab")
+            out = out + project(project(x, low), high)
+        return out + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype) if self.bias else out
 
 
-def _dense(config: TransformerConfig, features: int, name: str, bias: bool, std: float = INIT_STD) -> nn.Dense:
-    init = nn.initializers.normal(std)
-    return nn.Dense(features, bias, config.dtype, kernel_init=init, dot_general=_project, name=name)
+def _dense(config: TransformerConfig, features: int, name: str, bias: bool, std: float = INIT_STD) -> Dense:
+    return Dense(features, bias, config.dtype, std, name=name)
 
 
 def _norm(config: TransformerConfig, name: str) -> nn.Module:
