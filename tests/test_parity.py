@@ -9,16 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
 from rl_jax.data.tokenizer import train_tokenizer
+from rl_jax.models.config import gpt2, llama
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
 from rl_jax.models.reward_model import (
     RewardModel,
@@ -27,8 +32,12 @@ from rl_jax.models.reward_model import (
     save_reward_model,
     sequence_rewards,
 )
-from rl_jax.models.transformer import gpt2, hidden_states, init_params, llama, logits
+from rl_jax.models.rotary import RopeScaling
+from rl_jax.models.transformer import hidden_states, init_params, logits
 from rl_jax.preferences.losses import bradley_terry_loss
+from rl_jax.rollout import generate
+from rl_jax.sampling import Sampling
+from rl_jax.slots import generate_in_slots
 
 if "RL_JAX_REQUIRE_PARITY" in os.environ:
     import torch
@@ -37,22 +46,56 @@ else:
 
 VOCAB = 260
 LLAMA_SHAPE = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 80}
-LLAMA_SHAPE |= {"vocab_size": VOCAB, "max_position_embeddings": 32}
+LLAMA_SHAPE |= {"vocab_size": VOCAB, "max_position_embeddings": 96}
+GEMMA_SHAPE = LLAMA_SHAPE | {"num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5}
 ROPE = {"rope_type": "default", "rope_theta": 500.0}
+LLAMA3 = ROPE | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
 THEIRS = {
-    "gpt2": GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=48, n_layer=2, n_head=4, layer_norm_epsilon=1e-4),
-    "gpt2 narrow": GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=48, n_layer=2, n_head=4, n_inner=32),
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_positions=96, n_embd=48, n_layer=2, n_head=4, layer_norm_epsilon=1e-4),
+    "gpt2 narrow": GPT2Config(vocab_size=VOCAB, n_positions=96, n_embd=48, n_layer=2, n_head=4, n_inner=32),
     "llama": LlamaConfig(**LLAMA_SHAPE, num_key_value_heads=2, rope_parameters=ROPE),
     "llama tied": LlamaConfig(**LLAMA_SHAPE, tie_word_embeddings=True, head_dim=8),
+    "llama biased": LlamaConfig(**LLAMA_SHAPE, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3),
+    "llama linear": LlamaConfig(**LLAMA_SHAPE, rope_parameters=ROPE | {"rope_type": "linear", "factor": 2.0}),
+    "llama dynamic": LlamaConfig(**LLAMA_SHAPE, rope_parameters=ROPE | {"rope_type": "dynamic", "factor": 2.0}),
+    "llama yarn": LlamaConfig(**LLAMA_SHAPE, rope_parameters=YARN),
+    "llama yarn with mscale": LlamaConfig(
+        **LLAMA_SHAPE, rope_parameters=YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 8.0}
+    ),
+    "mistral": MistralConfig(**LLAMA_SHAPE, num_key_value_heads=2, sliding_window=6),
+    "mistral without windows": MistralConfig(**LLAMA_SHAPE, num_key_value_heads=4, sliding_window=None),
+    "qwen2 with windows": Qwen2Config(
+        **LLAMA_SHAPE, num_key_value_heads=1, use_sliding_window=True, sliding_window=4, max_window_layers=1
+    ),
+    "qwen3 biased": Qwen3Config(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, attention_bias=True),
+    "gemma2": Gemma2Config(**GEMMA_SHAPE, query_pre_attn_scalar=24, attn_logit_softcapping=2.0),
+    "gemma2 without caps": Gemma2Config(**GEMMA_SHAPE, final_logit_softcapping=None, attn_logit_softcapping=None),
+    "gemma3_text": Gemma3TextConfig(
+        **GEMMA_SHAPE,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+        query_pre_attn_scalar=8,
+    ),
     "qwen2": Qwen2Config(**LLAMA_SHAPE, num_key_value_heads=1, rms_norm_eps=1e-3),
     "qwen3": Qwen3Config(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
 }
+GEMMA = {"norm": "rms_plus_one", "mlp": "geglu", "post_norms": True, "scaled_embedding": True, "head_size": 8}
 OURS = {
     "gpt2": gpt2(VOCAB, 32, 2, 48, 4, mlp_width=64),
     "llama": llama(VOCAB, 32, 2, 48, 4, kv_heads=2, rope_theta=500.0, tied=False),
     "llama tied": llama(VOCAB, 32, 2, 48, 4, head_size=8),
     "qwen2": llama(VOCAB, 32, 2, 48, 4, kv_heads=1, qkv_bias=True, norm_epsilon=1e-3),
     "qwen3": llama(VOCAB, 32, 2, 48, 4, kv_heads=2, qk_norm=True, head_size=16, tied=False),
+    "llama scaled": llama(VOCAB, 96, 2, 48, 4, rope_scaling=RopeScaling("llama3", 8.0, 64, 1.0, 4.0)),
+    "qwen3 scaled": llama(VOCAB, 96, 2, 48, 4, qk_norm=True, rope_scaling=RopeScaling("yarn", 4.0, 24, 1.0, 32.0, 1.2)),
+    "mistral": llama(VOCAB, 32, 2, 48, 4, kv_heads=2, windows=(6,)),
+    "gemma2": llama(VOCAB, 32, 3, 48, 4, **GEMMA, windows=(5, 0), attention_cap=2.0, logit_cap=3.0, attention_size=24),
+    "gemma3_text": llama(VOCAB, 32, 3, 48, 4, **GEMMA, windows=(5, 5, 0), qk_norm=True, window_theta=100.0),
 }
 TOKENS = np.random.default_rng(0).integers(VOCAB, size=(3, 20)).astype(np.int32)
 MASK = np.arange(20) >= np.array([[0], [7], [15]])
@@ -76,6 +119,17 @@ def their_logits(model):
     return output.logits.float().numpy()[MASK]
 
 
+def their_greedy(model, length):
+    """What greedy decoding without a cache adds to the prompts."""
+    tokens, mask = torch.tensor(TOKENS).long(), torch.tensor(MASK)
+    for _ in range(length):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            scores = model(tokens, attention_mask=mask.long(), position_ids=positions).logits[:, -1:]
+        tokens, mask = torch.cat([tokens, scores.argmax(-1)], 1), torch.cat([mask, mask[:, -1:]], 1)
+    return tokens[:, TOKENS.shape[1] :].numpy()
+
+
 def assert_agree(policy, model):
     ours, theirs = our_logits(policy), their_logits(model)
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -89,7 +143,8 @@ def random_model(settings, dtype=torch.float32):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.15 * torch.randn_like(parameter)
-    return model.to(dtype)
+    model.set_attn_implementation("eager")  # the only one there that caps logits
+    return model.to(dtype).eval()
 
 
 @pytest.mark.parametrize("settings", THEIRS.values(), ids=THEIRS)
@@ -100,6 +155,30 @@ def test_theirs_read_here(settings, tokenizer, tmp_path):
     policy = load_policy(tmp_path)
     assert_agree(policy, model)
     assert sum(x.size for x in jax.tree.leaves(policy.params)) == sum(x.numel() for x in model.parameters())
+    save_policy(tmp_path / "again", policy)
+    jax.tree.map(np.testing.assert_array_equal, load_policy(tmp_path / "again").params, policy.params)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", tmp_path))
+    theirs = {name.removeprefix("transformer."): value for name, value in theirs.items()}
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name])
+
+
+@pytest.mark.parametrize("settings", THEIRS.values(), ids=THEIRS)
+def test_greedy_completions_are_theirs(settings, tokenizer, tmp_path):
+    model = random_model(settings)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy, sampling = load_policy(tmp_path), Sampling(length=64, temperature=0.0, ignore_eos=True)
+    theirs = their_greedy(model, 64)
+    for sample in (generate, generate_in_slots) if policy.config.windows else (generate_in_slots,):
+
+        def complete(params, key, sample=sample):
+            return sample(params, key, jnp.asarray(TOKENS), jnp.asarray(MASK), policy.config, sampling)
+
+        ours = jax.jit(complete)(policy.params, jax.random.key(0)).completions
+        np.testing.assert_array_equal(ours, theirs)
+    assert len(np.unique(theirs)) > 3
 
 
 @pytest.mark.parametrize("name", OURS)

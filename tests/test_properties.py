@@ -283,11 +283,12 @@ def test_every_completion_token_is_predicted_once_and_sees_what_is_before_it(len
 
 small = st.integers(-1, 9)
 sizes = ("vocab_size", "context", "layers", "width", "heads", "kv_heads", "head_size", "mlp_width")
+FLAGS = ("qkv_bias", "out_bias", "mlp_bias", "qk_norm", "post_norms", "tied", "scaled_embedding", "remat")
 choices = {
     "positions": st.sampled_from(["learned", "rotary"]),
-    "norm": st.sampled_from(["layer", "rms"]),
-    "mlp": st.sampled_from(["gelu", "swiglu"]),
-    **dict.fromkeys(("bias", "qkv_bias", "qk_norm", "tied", "remat"), st.booleans()),
+    "norm": st.sampled_from(["layer", "rms", "rms_plus_one"]),
+    "mlp": st.sampled_from(["gelu", "swiglu", "geglu"]),
+    **dict.fromkeys(FLAGS, st.booleans()),
 }
 likely_sizes = st.tuples(*[st.integers(1, 4)] * 4, st.integers(1, 2), st.integers(1, 2), st.sampled_from([2, 4]), small)
 any_sizes = st.tuples(*[small] * len(sizes))
@@ -301,12 +302,13 @@ def promised(c):
         return {"kernel": (fan_in, fan_out)} | ({"bias": (fan_out,)} if bias else {})
 
     query, key = c.heads * c.head_size, c.kv_heads * c.head_size
-    attention = {"query": dense(c.width, query, c.qkv_bias), "out": dense(query, c.width, c.bias)}
+    attention = {"query": dense(c.width, query, c.qkv_bias), "out": dense(query, c.width, c.out_bias)}
     attention |= {name: dense(c.width, key, c.qkv_bias) for name in ("key", "value")}
     attention |= {f"{name}_norm": {"scale": (c.head_size,)} for name in ("query", "key") if c.qk_norm}
-    mlp = {"up": dense(c.width, c.mlp_width, c.bias), "down": dense(c.mlp_width, c.width, c.bias)}
-    mlp |= {"gate": dense(c.width, c.mlp_width, c.bias)} if c.mlp == "swiglu" else {}
+    mlp = {"up": dense(c.width, c.mlp_width, c.mlp_bias), "down": dense(c.mlp_width, c.width, c.mlp_bias)}
+    mlp |= {"gate": dense(c.width, c.mlp_width, c.mlp_bias)} if c.mlp != "gelu" else {}
     block = {"attention_norm": norm, "attention": attention, "mlp_norm": norm, "mlp": mlp}
+    block |= dict.fromkeys(("attention_post_norm", "mlp_post_norm"), norm) if c.post_norms else {}
     model = {"embedding": {"embedding": (c.vocab_size, c.width)}, "final_norm": norm}
     model |= {f"block_{layer}": block for layer in range(c.layers)}
     model |= {"position_embedding": {"embedding": (c.context, c.width)}} if c.positions == "learned" else {}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rl_jax.models import ring as ring_module
+from rl_jax.models.attention import Focus
 from rl_jax.models.ring import Ring, empty_ring, take_prompts, take_slots
 
 PROMPTS, PROMPT_LENGTH, SLOTS, HEADS, KV_HEADS, SIZE, LENGTH = 4, 3, 5, 4, 2, 6, 7
@@ -47,7 +48,7 @@ def test_a_slot_sees_its_prompt_and_its_own_completion(monkeypatch, branch, widt
 
     @jax.jit
     def look_back(ring, step, ages, *new):
-        return ring_module._look_back(ring.prompts[0], ring.prompt_mask, ring.blocks[0], step, ages, *new)
+        return ring_module._look_back(ring.prompts[0], ring.prompt_mask, ring.blocks[0], step, ages, *new, Focus())
 
     ring = empty_ring(tuple(map(tuple, PAIRS)), SLOTS, LENGTH)
     chosen, kept, past = np.zeros(SLOTS, int), np.arange(SLOTS), [[] for _ in range(SLOTS)]

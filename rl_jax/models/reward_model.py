@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from rl_jax.errors import InputError
-from rl_jax.models.families import family, to_settings
+from rl_jax.models.families import FAMILIES, family, to_settings
 from rl_jax.models.huggingface import read_model, read_tokenizer, reading
 from rl_jax.models.tensors import from_tensors, read_tensor, to_tensors
 from rl_jax.models.transformer import TransformerConfig, hidden_states
@@ -159,10 +159,8 @@ def save_reward_model(folder: Path, model: RewardModel) -> None:
         return
     save_tokenizer(folder, model.tokenizer)
     settings = to_settings(model.config, model.tokenizer.eos_token_id, model.tokenizer.bos_token_id)
-    architecture = settings["architectures"][0]
-    for ending in ("ForCausalLM", "LMHeadModel"):
-        architecture = architecture.replace(ending, "ForSequenceClassification")
-    settings |= {"architectures": [architecture], "num_labels": 1, "pad_token_id": None}
+    classifier = FAMILIES[settings["model_type"]].classifier
+    settings |= {"architectures": [classifier], "num_labels": 1, "pad_token_id": None}
     prefix = "transformer." if family(model.config) == "gpt2" else ""
     for number in range(members(params)):
         member = jax.tree.map(lambda x, number=number: x[number], params)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from rl_jax.models.attention import Focus, capped
 from rl_jax.models.transformer import TransformerConfig, step_states
 from rl_jax.types import Array, PyTree
 
@@ -118,6 +119,7 @@ def _look_back(
     query: Array,
     key: Array,
     value: Array,
+    focus: Focus,
 ) -> tuple[Array, tuple[Array, Array]]:
     """At the prompt and the columns of the slot's own completion, once the new keys and values are written."""
     count, slots, kv_heads, width, size = blocks[0].shape
@@ -125,16 +127,21 @@ def _look_back(
     at = (column // width, 0, 0, column % width, 0)
     blocks = jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice(x, new[None], at), blocks, (key, value))
     grouped = query.reshape(slots, kv_heads, -1, size)
+    near = ages
+    if focus.window:
+        near = jnp.minimum(ages, focus.window)
+        prompt_ago = jnp.arange(prompt_mask.shape[1])[::-1][None, :] + ages[:, None]
+        prompt_mask = prompt_mask & (prompt_ago < focus.window)
 
     def look_at(block: Array | int, keys: Array, values: Array) -> _Seen:
         columns_ago = (column - block * width - jnp.arange(width)) % (count * width)
-        return _look(grouped, keys, values, columns_ago[None, :] < ages[:, None])
+        return _look(grouped, keys, values, columns_ago[None, :] < near[:, None], focus.cap)
 
     def as_float32(x: Array) -> Array:
         return x.astype(jnp.float32)  # a block is copied anyway, and batched bfloat16 products are slow on a CPU
 
     def look_at_filled() -> _Seen:
-        longest = jnp.max(ages)
+        longest = jnp.max(near)
         first = (step - longest + 1) // width
         filled = jnp.minimum(jnp.where(longest > 0, step // width - first + 1, 0), count)
 
@@ -143,12 +150,12 @@ def _look_back(
             keys, values = (as_float32(jax.lax.dynamic_index_in_dim(x, block, keepdims=False)) for x in blocks)
             return _merge(seen, look_at(block, keys, values))
 
-        first_seen = _look(grouped, as_float32(prompt[0]), as_float32(prompt[1]), prompt_mask)
+        first_seen = _look(grouped, as_float32(prompt[0]), as_float32(prompt[1]), prompt_mask, focus.cap)
         return jax.lax.fori_loop(0, filled, add, first_seen)
 
     def look_at_all() -> _Seen:
         seen = [look_at(block, blocks[0][block], blocks[1][block]) for block in range(count)]
-        return functools.reduce(_merge, seen, _look(grouped, *prompt, prompt_mask))
+        return functools.reduce(_merge, seen, _look(grouped, *prompt, prompt_mask, focus.cap))
 
     # As many rounds as there is to see: it saves a CPU memory traffic, but would have a GPU wait for the host.
     seen = jax.lax.platform_dependent(cpu=look_at_filled, default=look_at_all)
@@ -156,11 +163,11 @@ def _look_back(
     return mixed.reshape(query.shape), blocks
 
 
-def _look(query: Array, keys: Array, values: Array, mask: Array) -> _Seen:
+def _look(query: Array, keys: Array, values: Array, mask: Array, cap: float) -> _Seen:
     """Attention to some columns. [S, J, G, K], [S, J, W, K], [S, J, W, K], [S, W]."""
     query = query.astype(keys.dtype)
     scores = jnp.einsum("sjgk,sjwk->sjgw", query, keys, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
-    scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask[:, None, None, :], capped(scores, cap), jnp.finfo(jnp.float32).min)
     highest = jnp.max(scores, axis=-1)
     # Where a slot sees none of the columns its weights are 1, which a merge with any it does see multiplies by 0.
     weights = jnp.exp(scores - highest[..., None])

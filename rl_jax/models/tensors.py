@@ -1,7 +1,7 @@
 """Parameters, and the named tensors that `transformers` has in their place."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rl_jax.errors import InputError
 from rl_jax.models.families import family
 from rl_jax.models.transformer import TransformerConfig, init_params
-from rl_jax.types import PyTree
+from rl_jax.types import Array, PyTree
 
 # Our path in a block -> the name in a layer there. Kernels are [in, out] here and in GPT-2, [out, in] in Llama.
 GPT2_LAYER = {
@@ -36,12 +36,18 @@ LLAMA_LAYER = {
     "mlp/up": "mlp.up_proj",
     "mlp/down": "mlp.down_proj",
 }
+GEMMA_LAYER = LLAMA_LAYER | {
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
 LLAMA_REST = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "output": "lm_head"}
 
 
-def _name(module: str, is_gpt2: bool) -> str | None:
-    """The name there of a module here; None for GPT-2's fused projection, and for what the Transformer has not."""
-    layer_names, rest, prefix = (GPT2_LAYER, GPT2_REST, "h") if is_gpt2 else (LLAMA_LAYER, LLAMA_REST, "model.layers")
+def _name(module: str, kind: str) -> str | None:
+    """The name in a family of a module here; None for GPT-2's fused projection, and for what a Transformer has not."""
+    layer_names = {"gpt2": GPT2_LAYER, "gemma2": GEMMA_LAYER, "gemma3_text": GEMMA_LAYER}.get(kind, LLAMA_LAYER)
+    rest, prefix = (GPT2_REST, "h") if kind == "gpt2" else (LLAMA_REST, "model.layers")
     block, _, part = module.partition("/")
     if not part:
         return rest.get(module)
@@ -61,11 +67,12 @@ def _parameters(config: TransformerConfig) -> Iterator[tuple[str, tuple[int, ...
 def to_tensors(params: PyTree, config: TransformerConfig) -> dict[str, np.ndarray]:
     """Parameters as named tensors of `transformers`, float32."""
     flat = {path: np.asarray(x, np.float32) for path, x in flatten_dict(params, sep="/").items()}
-    is_gpt2 = family(config) == "gpt2"
+    kind = family(config)
+    is_gpt2 = kind == "gpt2"
     tensors = {}
     for path, value in flat.items():
         module, leaf = path.rsplit("/", 1)
-        if name := _name(module, is_gpt2):
+        if name := _name(module, kind):
             value = value.T if leaf == "kernel" and not is_gpt2 else value
             tensors[f"{name}.{'bias' if leaf == 'bias' else 'weight'}"] = np.ascontiguousarray(value)
     if is_gpt2:
@@ -76,34 +83,44 @@ def to_tensors(params: PyTree, config: TransformerConfig) -> dict[str, np.ndarra
     return tensors
 
 
-def from_tensors(tensors: Mapping[str, np.ndarray], config: TransformerConfig) -> PyTree:
+def from_tensors(
+    tensors: Mapping[str, np.ndarray],
+    config: TransformerConfig,
+    place: Callable[[str, np.ndarray], Array] = lambda path, value: jnp.array(value),
+) -> PyTree:
     """Named tensors of `transformers` as parameters.
+
+    Args:
+        tensors: by name; each is asked for as its parameter is made.
+        config: the model's configuration.
+        place: makes the parameter of a path, such as "block_0/mlp/up/kernel", from its value in float32.
 
     Raises:
         InputError: a tensor is missing, has another shape than the configuration says, or holds other than finite
             floating-point numbers.
     """
-    is_gpt2 = family(config) == "gpt2"
+    kind = family(config)
+    is_gpt2 = kind == "gpt2"
     flat = {}
     for path, wanted in _parameters(config):
         module, leaf = path.rsplit("/", 1)
         suffix = "bias" if leaf == "bias" else "weight"
         block, _, part = module.partition("/attention/")
         fused = is_gpt2 and part in ("query", "key", "value")
-        name = f"h.{block.removeprefix('block_')}.attn.c_attn" if fused else _name(module, is_gpt2)
+        name = f"h.{block.removeprefix('block_')}.attn.c_attn" if fused else _name(module, kind)
         name = f"{name}.{suffix}"
-        value = tensors.get(name, tensors.get(f"transformer.{name}"))
-        if value is None:
+        stored = name if name in tensors else f"transformer.{name}"
+        if stored not in tensors:
             raise InputError(
                 f"The model's weights lack the tensor {name}, which its config.json asks for; copy or train it again."
             )
         shape = (*wanted[:-1], 3 * wanted[-1]) if fused else wanted
         shape = shape[::-1] if leaf == "kernel" and not is_gpt2 else shape
-        value = read_tensor(name, value, shape)
+        value = read_tensor(name, tensors[stored], shape)
         if fused:
             value = np.split(value, 3, axis=-1)[("query", "key", "value").index(part)]
         value = value.T if leaf == "kernel" and not is_gpt2 else value
-        flat[path] = jnp.array(value)
+        flat[path] = place(path, value)
     return unflatten_dict(flat, sep="/")
 
 

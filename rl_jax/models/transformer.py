@@ -1,11 +1,10 @@
-"""One decoder-only Transformer that is GPT-2 or Llama by configuration, with an explicit key-value cache.
+"""One decoder-only Transformer, with an explicit key-value cache.
 
 Flax Linen stays inside this folder: outside it a model is a configuration, a pytree of parameters, and the pure
 functions at the end of this file. Letters: B sequences, S new tokens, T columns attended to, D width, H heads,
 J key-value heads, K head size, V vocabulary.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -16,91 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from rl_jax.errors import InputError
-from rl_jax.models.attention import attend
+from rl_jax.models.attention import Focus, attend, capped
+from rl_jax.models.config import TransformerConfig, gpt2, llama  # noqa: F401 (for the modules above)
 from rl_jax.models.dense import project
+from rl_jax.models.rotary import rotate
 from rl_jax.run.spmd import laid_as_batch, laid_whole, traced_once
 from rl_jax.types import Array, PyTree
 
 INIT_STD = 0.02  # GPT-2's; residual projections divide it by sqrt(2 layers)
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """Shape and family of a model; `gpt2` and `llama` fill it for the two families.
-
-    Attributes:
-        vocab_size: V, rows of the embedding.
-        context: the longest sequence, in tokens.
-        layers: number of blocks.
-        width: D.
-        heads: H, query heads.
-        kv_heads: J, key-value heads; H is a multiple of it.
-        head_size: K.
-        mlp_width: inner width of the MLP.
-        positions: learned embeddings, or rotary (RoPE, Su 2021).
-        norm: LayerNorm, or RMSNorm.
-        mlp: GELU (tanh form), or SwiGLU.
-        bias: whether projections and MLP have biases.
-        qkv_bias: whether the query, key and value projections have them.
-        qk_norm: RMSNorm over the head size of queries and keys before rotation.
-        tied: whether the output projection is the embedding.
-        rope_theta: base of the rotary frequencies.
-        norm_epsilon: added to the variance.
-        dtype: what activations are computed in; parameters, softmax, norms and logits are float32.
-        remat: recompute each block in the backward pass instead of keeping its activations.
-    """
-
-    vocab_size: int
-    context: int
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    mlp_width: int
-    positions: Literal["learned", "rotary"] = "rotary"
-    norm: Literal["layer", "rms"] = "rms"
-    mlp: Literal["gelu", "swiglu"] = "swiglu"
-    bias: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    tied: bool = True
-    rope_theta: float = 10_000.0
-    norm_epsilon: float = 1e-5
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.type is int and getattr(self, field.name) < 1:
-                raise InputError(f"A model's {field.name} must be at least 1, not {getattr(self, field.name)}.")
-        if self.heads % self.kv_heads:
-            raise InputError(f"{self.heads} heads cannot share {self.kv_heads} key-value heads evenly.")
-        if self.positions == "rotary" and self.head_size % 2:
-            raise InputError(f"Rotary positions need an even head size, not {self.head_size}.")
-
-
-def _head_size(width: int, heads: int) -> int:
-    if heads < 1 or width % heads:
-        raise InputError(f"A width of {width} does not divide into {heads} heads.")
-    return width // heads
-
-
-def gpt2(vocab_size: int, context: int, layers: int, width: int, heads: int, **changes: Any) -> TransformerConfig:
-    """GPT-2 (Radford 2019): learned positions, LayerNorm, GELU, biases, tied embeddings."""
-    settings: dict[str, Any] = {"positions": "learned", "norm": "layer", "mlp": "gelu", "bias": True, "qkv_bias": True}
-    size = changes.get("head_size") or _head_size(width, heads)
-    settings |= {"kv_heads": heads, "head_size": size, "mlp_width": 4 * width} | changes
-    return TransformerConfig(vocab_size, context, layers, width, heads, **settings)
-
-
-def llama(vocab_size: int, context: int, layers: int, width: int, heads: int, **changes: Any) -> TransformerConfig:
-    """Llama (Touvron 2023): RoPE, RMSNorm, SwiGLU of 8/3 the width, no biases, grouped-query attention on request."""
-    size = changes.get("head_size") or _head_size(width, heads)
-    settings: dict[str, Any] = {"kv_heads": heads, "head_size": size, "mlp_width": -(-8 * width // 3 // 32) * 32}
-    settings |= changes
-    return TransformerConfig(vocab_size, context, layers, width, heads, **settings)
 
 
 class Cache(NamedTuple):
@@ -132,15 +54,30 @@ class Dense(nn.Module):
         if self.has_variable("params", "lora_a"):
             low, high = (jnp.asarray(self.get_variable("params", f"lora_{leaf}"), self.dtype) for leaf in "ab")
             out = out + project(project(x, low), high)
-        return out + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype) if self.bias else out
+        if self.bias:
+            out = out + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None, :]
+        return out
 
 
 def _dense(config: TransformerConfig, features: int, name: str, bias: bool, std: float = INIT_STD) -> Dense:
     return Dense(features, bias, config.dtype, std, name=name)
 
 
+class RMSNormPlusOne(nn.Module):
+    """RMSNorm whose scale is 0 where it leaves the size as it is."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = 1 + self.param("scale", nn.initializers.zeros, (x.shape[-1],))
+        normed = nn.RMSNorm(epsilon=self.epsilon, dtype=jnp.float32, use_scale=False)(x)
+        return (normed * scale.reshape(*[1] * (x.ndim - 1), -1)).astype(self.dtype)
+
+
 def _norm(config: TransformerConfig, name: str) -> nn.Module:
-    kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+    kind = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "rms_plus_one": RMSNormPlusOne}[config.norm]
     return kind(epsilon=config.norm_epsilon, dtype=jnp.float32, name=name)
 
 
@@ -148,43 +85,35 @@ def _look_up(table: nn.Embed, rows: Array) -> Array:
     return jnp.take(laid_whole(table.embedding), rows, axis=0)
 
 
-def rotate(x: Array, positions: Array, theta: float) -> Array:
-    """Rotary position embedding (RoFormer, eq. 34), halves rotated against each other.
-
-    Args:
-        x: queries or keys. [B, S, H, K].
-        positions: int32 [B, S].
-        theta: base of the frequencies.
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+Look = Callable[[Array, Array, Array, Focus], tuple[Array, Any]]
+"""How new tokens look at tokens: query [B, S, H, K], key and value [B, J, S, K], and how far and how the layer looks
+-> what they see [B, S, H, K], and what is kept for the tokens that follow. A `Partial`, so that it is a pytree of what
+it holds."""
 
 
-Look = Callable[[Array, Array, Array], tuple[Array, Any]]
-"""How new tokens look at tokens: query [B, S, H, K], key and value [B, J, S, K] -> what they see [B, S, H, K], and what
-is kept for the tokens that follow. A `Partial`, so that it is a pytree of what it holds."""
-
-
-def _look_around(mask: Array, query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
-    """At each other, where the mask [B, S, S] is true; keys and values are kept."""
-    return attend(query, key, value, mask), (key, value)
+def _look_around(
+    mask: Array, positions: Array, query: Array, key: Array, value: Array, focus: Focus
+) -> tuple[Array, tuple[Array, Array]]:
+    """At each other, where the mask [B, S, S] is true and the positions [B, S] near; keys and values are kept."""
+    if focus.window:
+        mask = mask & (positions[:, :, None] - positions[:, None, :] < focus.window)
+    return attend(query, key, value, mask, focus.cap), (key, value)
 
 
 def _look_back(
-    keys: Array, values: Array, mask: Array, index: Array, query: Array, key: Array, value: Array
+    keys: Array, values: Array, mask: Array, index: Array, query: Array, key: Array, value: Array, focus: Focus
 ) -> tuple[Array, tuple[Array, Array]]:
     """At a cache [B, J, T, K], where the mask [B, 1, T] is true, once they are written to its column `index`."""
     keys = jax.lax.dynamic_update_slice_in_dim(keys, key, index, axis=2)
     values = jax.lax.dynamic_update_slice_in_dim(values, value, index, axis=2)
-    return attend(query, keys, values, mask), (keys, values)
+    if focus.window:
+        mask = mask & (jnp.arange(mask.shape[2]) > index - focus.window)[None, None, :]
+    return attend(query, keys, values, mask, focus.cap), (keys, values)
 
 
 class Attention(nn.Module):
     config: TransformerConfig
+    window: int
 
     @nn.compact
     def __call__(self, x: Array, positions: Array, look: Look) -> tuple[Array, Any]:
@@ -195,12 +124,18 @@ class Attention(nn.Module):
             _dense(c, n * c.head_size, name, c.qkv_bias)(x).reshape(b, s, n, c.head_size) for name, n in heads.items()
         )
         if c.qk_norm:
-            query = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=c.dtype, name="query_norm")(query)
-            key = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=c.dtype, name="key_norm")(key)
+            kind = RMSNormPlusOne if c.norm == "rms_plus_one" else nn.RMSNorm
+            query = kind(epsilon=c.norm_epsilon, dtype=c.dtype, name="query_norm")(query)
+            key = kind(epsilon=c.norm_epsilon, dtype=c.dtype, name="key_norm")(key)
         if c.positions == "rotary":
-            query, key = rotate(query, positions, c.rope_theta), rotate(key, positions, c.rope_theta)
-        seen, kept = look(query, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
-        out = _dense(c, c.width, "out", c.bias, INIT_STD / (2 * c.layers) ** 0.5)
+            local = bool(self.window and c.window_theta)
+            theta, scaling = (c.window_theta, None) if local else (c.rope_theta, c.rope_scaling)
+            query, key = rotate(query, positions, theta, scaling), rotate(key, positions, theta, scaling)
+        if c.attention_size:
+            query = query * jnp.asarray((c.head_size / c.attention_size) ** 0.5, query.dtype)
+        focus = Focus(self.window, c.attention_cap)
+        seen, kept = look(query, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), focus)
+        out = _dense(c, c.width, "out", c.out_bias, INIT_STD / (2 * c.layers) ** 0.5)
         return out(seen.reshape(b * s, c.heads * c.head_size)), kept
 
 
@@ -210,24 +145,31 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        up = _dense(c, c.mlp_width, "up", c.bias)(x)
-        if c.mlp == "swiglu":
-            hidden = nn.silu(_dense(c, c.mlp_width, "gate", c.bias)(x)) * up
-        else:
+        up = _dense(c, c.mlp_width, "up", c.mlp_bias)(x)
+        if c.mlp == "gelu":
             hidden = nn.gelu(up, approximate=True)
-        return _dense(c, c.width, "down", c.bias, INIT_STD / (2 * c.layers) ** 0.5)(hidden)
+        else:
+            activation = nn.silu if c.mlp == "swiglu" else nn.gelu
+            hidden = activation(_dense(c, c.mlp_width, "gate", c.mlp_bias)(x)) * up
+        return _dense(c, c.width, "down", c.mlp_bias, INIT_STD / (2 * c.layers) ** 0.5)(hidden)
 
 
 class Block(nn.Module):
     config: TransformerConfig
+    window: int
 
     @nn.compact
     def __call__(self, x: Array, positions: Array, look: Look) -> tuple[Array, Any]:
         c = self.config
+
+        def after(x: Array, name: str) -> Array:
+            return _norm(c, name)(x).astype(c.dtype) if c.post_norms else x
+
         normed = _norm(c, "attention_norm")(x).astype(c.dtype)
-        mixed, kept = Attention(c, name="attention")(normed, positions, look)
-        x = laid_as_batch(x + mixed)
-        return laid_as_batch(x + Mlp(c, name="mlp")(_norm(c, "mlp_norm")(x).astype(c.dtype))), kept
+        mixed, kept = Attention(c, self.window, name="attention")(normed, positions, look)
+        x = laid_as_batch(x + after(mixed, "attention_post_norm"))
+        thought = Mlp(c, name="mlp")(_norm(c, "mlp_norm")(x).astype(c.dtype))
+        return laid_as_batch(x + after(thought, "mlp_post_norm")), kept
 
 
 class Transformer(nn.Module):
@@ -242,7 +184,7 @@ class Transformer(nn.Module):
         if c.positions == "learned":
             self.position_embedding = nn.Embed(c.context, c.width, embedding_init=init)
         block = nn.remat(Block) if c.remat else Block
-        self.blocks = [block(c, name=f"block_{layer}") for layer in range(c.layers)]
+        self.blocks = [block(c, c.window(layer), name=f"block_{layer}") for layer in range(c.layers)]
         self.final_norm = _norm(c, "final_norm")
         if not c.tied:
             self.output = _dense(c, c.vocab_size, "output", bias=False)
@@ -251,6 +193,8 @@ class Transformer(nn.Module):
         """States [B, S, D] after the final norm, and what the look of each layer kept."""
         c = self.config
         x = _look_up(self.embedding, tokens).astype(c.dtype)
+        if c.scaled_embedding:
+            x = x * jnp.asarray(c.width**0.5, c.dtype)
         if c.positions == "learned":
             x = x + _look_up(self.position_embedding, positions).astype(c.dtype)
         # [B S, D]: XLA on CPU shares work among threads along the first axis alone.
@@ -265,6 +209,9 @@ class Transformer(nn.Module):
 
     def unembed(self, states: Array) -> Array:
         """Logits [..., V] of states [..., D], float32."""
+        return capped(self._products(states), self.config.logit_cap)
+
+    def _products(self, states: Array) -> Array:
         c = self.config
         kernel = self.embedding.embedding if c.tied else self.output.variables["params"]["kernel"]
         kernel = kernel.astype(c.dtype)
@@ -279,7 +226,8 @@ class Transformer(nn.Module):
 
 def init_params(key: Array, config: TransformerConfig) -> PyTree:
     """Random parameters, float32: normal with standard deviation 0.02, residual projections scaled down by depth."""
-    tokens, looks = jnp.zeros((1, 1), jnp.int32), [Partial(_look_around, jnp.ones((1, 1, 1), bool))] * config.layers
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    looks = [Partial(_look_around, jnp.ones((1, 1, 1), bool), tokens)] * config.layers
     return Transformer(config).init(key, tokens, tokens, looks)["params"]
 
 
@@ -318,7 +266,7 @@ def seen_states(params: PyTree, tokens: Array, positions: Array, seen: Array, co
     Returns:
         [B, T, D] in the compute dtype.
     """
-    return _apply(params, config, tokens, positions, [Partial(_look_around, seen)] * config.layers)[0]
+    return _apply(params, config, tokens, positions, [Partial(_look_around, seen, positions)] * config.layers)[0]
 
 
 def step_states(
@@ -405,4 +353,5 @@ def _read(params: PyTree, config: TransformerConfig, tokens: Array, mask: Array)
     """Every token sees the real ones up to itself."""
     columns = jnp.arange(mask.shape[1])
     seen = (columns[None, :] <= columns[:, None])[None, :, :] & mask[:, None, :]
-    return _apply(params, config, tokens, token_positions(mask), [Partial(_look_around, seen)] * config.layers)
+    positions = token_positions(mask)
+    return _apply(params, config, tokens, positions, [Partial(_look_around, seen, positions)] * config.layers)
