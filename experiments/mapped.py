@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 
 from rl_jax.learner import policy_gradient_update
 from rl_jax.microbatch import Part, SumParts, sum_over_microbatches
@@ -15,7 +16,7 @@ from rl_jax.models.transformer import TransformerConfig
 from rl_jax.packing import choose_packing, sum_over_rows
 from rl_jax.pretraining import SumMicrobatches
 from rl_jax.reinforce.composition import Estimator
-from rl_jax.reinforce.gradient import ScoreFn
+from rl_jax.reinforce.gradient import ScoreFn, Scores
 from rl_jax.run.spmd import SUM, batch_parts, each_device, has_whole_models
 from rl_jax.sampling import Sampling
 from rl_jax.scoring import make_packed_score_fn, packed_reference_scores
@@ -100,8 +101,12 @@ def make_update(
     optimizer: optax.GradientTransformation,
     group_size: int,
     noise_at_once: int = 0,
+    whole: Callable[[PyTree, PyTree], PyTree] = lambda _, params: params,
 ) -> UpdateFn:
-    """One step of an estimator, from the reference's scores to the new state; the numbers are those of its parts."""
+    """One step of an estimator, from the reference's scores to the new state; the numbers are those of its parts.
+
+    Where only a part of the policy is trained, the reference is the rest of it too: `whole` puts both together.
+    """
 
     def update(
         state: TrainState,
@@ -111,13 +116,16 @@ def make_update(
         rewards: Array,
         greedy_rewards: Array | None = None,
     ) -> tuple[TrainState, Metrics]:
+        def score(ref_params: PyTree, params: PyTree, rollout: Rollout, ref_states: Array) -> Scores:
+            return learning.make_score_fn(ref_params)(whole(ref_params, params), rollout, ref_states)
+
         ref_logprobs, ref_states = learning.reference_scores(ref_params, rollout)
         return policy_gradient_update(
             state,
             rollout,
             rewards,
             estimator=estimator,
-            score_fn=learning.make_score_fn(ref_params),
+            score_fn=Partial(score, ref_params),
             sum_parts=learning.sum_parts,
             optimizer=optimizer,
             group_size=group_size,

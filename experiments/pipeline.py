@@ -22,16 +22,24 @@ from experiments.finetune import Demonstrations, Finetuning, finetune, load_demo
 from experiments.finetune import check as check_finetuning
 from experiments.judgements import Judgements
 from experiments.options import describe_estimator
-from experiments.pretrain import Pretraining, load_text, model_config, pretrain, saved_tokenizer
+from experiments.pretrain import Pretraining, load_given, load_text, model_config, pretrain, saved_tokenizer
 from experiments.pretrain import check as check_pretraining
 from experiments.reinforce import reinforce
-from experiments.reinforcing import Reinforcing, check_text_reward, make_gold, make_sampling, split_prompts
+from experiments.reinforcing import (
+    Reinforcing,
+    check_text_reward,
+    choose_prompts,
+    fit_width,
+    make_gold,
+    make_sampling,
+)
 from experiments.reinforcing import check as check_reinforcing
 from experiments.rounds import Preferring, make_learn, prepare
 from experiments.train_reward import Learning
 from rl_jax.data.tokenizer import save_tokenizer
 from rl_jax.errors import InputError
 from rl_jax.models.huggingface import save_policy
+from rl_jax.models.lora import check_lora
 from rl_jax.models.reward_model import RewardModel
 from rl_jax.models.transformer import TransformerConfig
 from rl_jax.rewards.compose import Reward, RewardConfig, make_reward
@@ -51,7 +59,8 @@ class Config:
     resume: bool = False
     """Continue the run in that folder from its last checkpoint."""
     corpus: str = "bbe"
-    """bbe (Bible in Basic English), sotu or chitchat; or a .txt, .jsonl or .parquet file, or a folder of them."""
+    """bbe (Bible in Basic English), sotu or chitchat; a .txt, .jsonl or .parquet file, or a folder of them; or a data
+    set of the hub (org/name:split)."""
     seed: int = 0
     """Seed of everything random but the held-out passages, which are the same for all seeds."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
@@ -68,24 +77,28 @@ class Config:
 
 def main(config: Config) -> None:
     seconds: dict[str, float] = {}
-    start, rl, seed = time.perf_counter(), config.reinforce, config.seed
+    start, seed = time.perf_counter(), config.seed
     model = model_config(config.pretrain)
     check_run(config.run, config, config.resume)
-    text = load_text(config.corpus, config.pretrain.vocab_size, saved_tokenizer(config.run, config.resume))
+    base, saved = load_given(config.pretrain), saved_tokenizer(config.run, config.resume)
+    model = base.config if base else model
+    text = load_text(config.corpus, config.pretrain.vocab_size, saved, base and base.tokenizer)
     reward, gold, given = make_rewards(config, text.tokenizer, model)
-    prompts = split_prompts(rl, text.tokenizer, text.held_out)
-    demonstrations = load_if_given(config, text.tokenizer, model.context)
+    prompts = choose_prompts(config.reinforce, text.tokenizer, lambda: text.held_out)
+    rl = fit_width(config.reinforce, prompts)
+    reward, gold = reward._replace(rows=prompts.rows), gold and gold._replace(rows=prompts.rows)
+    demonstrations = load_if_given(config, text.tokenizer, model)
     check_pretraining(config.pretrain, text, seed)
     check_reinforcing(rl, model, reward, prompts, text.tokenizer, seed)
     check_text_reward(gold, prompts, text.tokenizer)
 
     estimator = describe_estimator(rl.estimator, rl.options, rl.group_size)
-    sampling = make_sampling(rl, (text.tokenizer.eos_token_id,))
+    sampling = make_sampling(rl, base.ends if base else (text.tokenizer.eos_token_id,))
     run = open_run(config.run, "experiments/pipeline.py", config, estimator=estimator)
     save_tokenizer(run / "policy", text.tokenizer)
     writer = open_metrics(run)
     with timed(seconds, "pretrain"), report_if_stopped(run):
-        policy, summary = pretrain(config.pretrain, text, seed, run, writer)
+        policy, summary = pretrain(config.pretrain, text, seed, run, writer, base)
     save_policy(run / "pretrained", policy)
     write_json(run / "summary.json", summary)  # for the report of a run that stops after this
     if demonstrations is not None:
@@ -117,13 +130,14 @@ def main(config: Config) -> None:
     write_results(run, summary | compared | spent | {"seed": seed}, pairs)
 
 
-def load_if_given(config: Config, tokenizer: Any, context: int) -> Demonstrations | None:
+def load_if_given(config: Config, tokenizer: Any, model: TransformerConfig) -> Demonstrations | None:
     """The demonstrations to fine-tune on, checked, or None where there are none."""
     if config.demonstrations is None:
         if config.finetune != Finetuning():
             raise InputError("finetune has no effect without demonstrations: give a file of them, or leave it out.")
         return None
-    rows = load_demonstrations(config.demonstrations, tokenizer, context)
+    check_lora(config.finetune.lora, model)
+    rows = load_demonstrations(config.demonstrations, tokenizer, model.context)
     check_finetuning(config.finetune, rows, config.seed)
     return rows
 

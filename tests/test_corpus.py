@@ -145,7 +145,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
 def test_parquet_needs_its_column_and_pyarrow(tmp_path, monkeypatch):
     parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "b.parquet")
-    with pytest.raises(InputError, match=r'a.parquet has no column "text", only body'):
+    with pytest.raises(InputError, match=r'a.parquet has no column "text" or "messages", only body'):
         read_passages(str(tmp_path / "a.parquet"))
     with pytest.raises(InputError, match=r'b.parquet, row 1 has no string under "text"'):
         read_passages(str(tmp_path / "b.parquet"))

@@ -273,15 +273,17 @@ def test_every_spoilt_file_loads_whole_or_is_one_clear_error(tmp_path):
     assert sum(loaded for _, loaded, _ in report["found"].values()) > 100
 
 
-def test_an_index_is_not_followed(tmp_path):
+def test_an_index_is_not_followed_elsewhere(tmp_path):
     write_models(tmp_path)
     folder = tmp_path / "gpt2"
     index = {"weight_map": dict.fromkeys(("wte.weight", "wpe.weight"), "../outside/weights")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert_whole(load_policy(folder))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"it has no model\.safetensors"):
-        load_policy(folder)
+    for name in ("../outside/weights", "../outside/model.safetensors", "/etc/passwd", 5, None):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte.weight": name}}))
+        with pytest.raises(InputError, match=r"gpt2/model\.safetensors\.index\.json"):
+            load_policy(folder)
 
 
 def test_members_of_an_ensemble_are_alike(tmp_path):

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import functools
 import json
@@ -13,8 +14,10 @@ from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
 from rl_jax.models.families import family, from_settings, to_settings
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
+from rl_jax.models.layout import put_model
 from rl_jax.models.tensors import from_tensors, to_tensors
 from rl_jax.models.transformer import gpt2, init_params, llama
+from rl_jax.run.spmd import make_mesh
 
 VOCAB = 260
 CONFIGS = {
@@ -67,6 +70,134 @@ def test_policies_survive_the_round_trip(saved, name):
     assert policy.tokenizer.encode(text) == tokenizer().encode(text)
     assert policy.tokenizer.eos_token_id == tokenizer().eos_token_id
     assert json.loads((saved / name / "config.json").read_text())["model_type"] == name == family(policy.config)
+
+
+def with_template():
+    """The tokenizer, which also has a chat template."""
+    words = copy.deepcopy(tokenizer())
+    words.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|endoftext|>{% endfor %}"
+    return words
+
+
+@every_family
+def test_shards_are_read_as_one_file_is(name, tmp_path):
+    policy = Policy(random_params(CONFIGS[name]), CONFIGS[name], tokenizer())
+    save_policy(tmp_path, policy, shard_bytes=18_000)
+    shards = sorted(path.name for path in tmp_path.glob("model*.safetensors"))
+    assert shards[0] == f"model-00001-of-0000{len(shards)}.safetensors" and len(shards) > 1
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * sum(x.size for x in jax.tree.leaves(policy.params))
+    sizes = {shard: {key: x.nbytes for key, x in load_file(tmp_path / shard).items()} for shard in shards}
+    assert {key: shard for shard in shards for key in sizes[shard]} == index["weight_map"]
+    assert all(sum(size.values()) <= 18_000 for size in sizes.values())
+    assert_params_equal(load_policy(tmp_path).params, policy.params)
+    save_policy(tmp_path, policy)
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+    save_policy(tmp_path, policy, shard_bytes=1)
+    assert len(list(tmp_path.glob("model-*"))) == len(index["weight_map"])
+    assert_params_equal(load_policy(tmp_path).params, policy.params)
+
+
+def test_what_is_wrong_with_shards_is_named(tmp_path):
+    save_policy(tmp_path, Policy(random_params(CONFIGS["gpt2"]), CONFIGS["gpt2"], tokenizer()), shard_bytes=18_000)
+    first, second = sorted(tmp_path.glob("model-*"))[:2]
+    index, content = tmp_path / "model.safetensors.index.json", second.read_bytes()
+    said = json.loads(index.read_text())
+    name = next(name for name, file in said["weight_map"].items() if file == first.name)
+    second.unlink()
+    with pytest.raises(InputError, match=f"{second}.* is missing"):
+        load_policy(tmp_path)
+    second.write_bytes(content[:100])
+    with pytest.raises(InputError, match=f"{second} cannot be read"):
+        load_policy(tmp_path)
+    second.write_bytes(content)
+    index.write_text(json.dumps({"weight_map": said["weight_map"] | {name: second.name}}))
+    with pytest.raises(InputError, match=f"{second} lacks the tensor {name}"):
+        load_policy(tmp_path)
+    for spoilt in ("{", "{}", "[]", '{"weight_map": []}'):
+        index.write_text(spoilt)
+        with pytest.raises(InputError, match=f"{index}"):
+            load_policy(tmp_path)
+
+
+def test_tensors_are_read_one_at_a_time():
+    events = []
+
+    class Recorded(dict):
+        def __getitem__(self, name):
+            events.append("read")
+            return super().__getitem__(name)
+
+    def place(path, value):
+        events.append("place")
+        return value.copy()
+
+    tensors = to_tensors(random_params(CONFIGS["llama"]), CONFIGS["llama"])
+    assert_params_equal(from_tensors(Recorded(tensors), CONFIGS["llama"], place), random_params(CONFIGS["llama"]))
+    assert events == ["read", "place"] * len(tensors)
+
+
+@pytest.mark.parametrize("shape", [{"data": 4}, {"fsdp": 2, "tensor": 2}], ids=["whole", "cut"])
+def test_parameters_are_read_onto_the_devices_of_a_mesh(saved, shape):
+    mesh = make_mesh(jax.devices()[:4], shape)
+    params = load_policy(saved / "llama", mesh=mesh).params
+    assert_params_equal(params, random_params(CONFIGS["llama"]))
+    kernel = params["block_0"]["mlp"]["up"]["kernel"]
+    assert len(kernel.sharding.device_set) == 4
+    assert kernel.addressable_shards[0].data.size * (1 if "data" in shape else 4) == kernel.size
+    jax.tree.map(lambda x, y: x.sharding == y.sharding or pytest.fail(), params, put_model(params, mesh))
+
+
+def test_matrices_that_are_not_learned_take_half_the_memory(saved):
+    params = load_policy(saved / "qwen2", params_dtype="bfloat16").params
+
+    def check(x, exact):
+        assert x.dtype == ("bfloat16" if x.ndim > 1 else "float32")
+        np.testing.assert_array_equal(x, exact.astype(x.dtype))
+
+    jax.tree.map(check, params, random_params(CONFIGS["qwen2"]))
+
+
+def test_what_ends_a_completion_is_written_and_read(tmp_path):
+    policy = Policy(random_params(CONFIGS["llama"]), CONFIGS["llama"], tokenizer(), (0, 5, 9))
+    save_policy(tmp_path, policy)
+    generation = tmp_path / "generation_config.json"
+    assert json.loads(generation.read_text()) == {"eos_token_id": [0, 5, 9]}
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == [0, 5, 9]
+    assert load_policy(tmp_path).ends == (0, 5, 9)
+    for said, ends in (([9, 7, 7], (0, 7, 9)), (3, (0, 3)), (0, (0,)), (None, (0, 5, 9)), ([259, 260], (0, 259))):
+        generation.write_text(json.dumps({"eos_token_id": said, "temperature": 0.6, "do_sample": True}))
+        assert load_policy(tmp_path).ends == ends
+    save_policy(tmp_path, load_policy(tmp_path))
+    assert json.loads(generation.read_text()) == {"eos_token_id": [0, 259]}
+    generation.unlink()
+    assert load_policy(tmp_path).ends == (0, 259)  # of config.json
+    save_policy(tmp_path, policy._replace(eos=()))
+    assert json.loads(generation.read_text()) == {"eos_token_id": 0}
+    for spoilt in ('"0"', "[true]", "-1", "{}", "1.5"):
+        generation.write_text('{"eos_token_id": ' + spoilt + "}")
+        with pytest.raises(InputError, match=f"{generation}.*eos_token_id"):
+            load_policy(tmp_path)
+
+
+def test_a_tokenizer_without_an_end_gets_it_from_the_configuration(tmp_path):
+    words = copy.deepcopy(tokenizer())
+    words.eos_token = None
+    save_policy(tmp_path, Policy(random_params(CONFIGS["llama"]), CONFIGS["llama"], words, (7, 5)))
+    policy = load_policy(tmp_path)
+    assert policy.ends == (5, 7) and policy.tokenizer.eos_token_id == 5
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps(settings | {"eos_token_id": None}))
+    with pytest.raises(InputError, match="no end-of-sequence token"):
+        load_policy(tmp_path)
+
+
+def test_the_chat_template_goes_with_the_policy(tmp_path):
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        words = with_template() if folder.name == "first" else load_policy(tmp_path / "first").tokenizer
+        save_policy(folder, Policy(random_params(CONFIGS["llama"]), CONFIGS["llama"], words))
+    assert load_policy(tmp_path / "second").tokenizer.chat_template == with_template().chat_template
 
 
 def test_compute_settings_are_the_readers(saved):
@@ -192,12 +323,6 @@ def test_the_rotary_base_is_read_by_either_name():
         (GPT2_SETTINGS | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         (GPT2_SETTINGS | {"n_head": 3}, "width of 16 .* 3 heads"),
         (LLAMA_SETTINGS | {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        (LLAMA_SETTINGS | {"attention_bias": True}, "attention_bias = True"),
-        (LLAMA_SETTINGS | {"mlp_bias": True}, "mlp_bias = True"),
-        (LLAMA_SETTINGS | {"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window = True"),
-        (LLAMA_SETTINGS | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type = 'llama3'"),
-        (LLAMA_SETTINGS | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "type = 'linear'"),
-        (LLAMA_SETTINGS | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
         (LLAMA_SETTINGS | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
         ({key: LLAMA_SETTINGS[key] for key in LLAMA_SETTINGS if key != "hidden_size"}, "lacks 'hidden_size'"),
         ({key: GPT2_SETTINGS[key] for key in GPT2_SETTINGS if key != "n_layer"}, "lacks 'n_layer'"),
@@ -231,7 +356,7 @@ def test_a_missing_file_is_named(folder, file):
     (folder / "pytorch_model.bin").write_bytes(b"a pickle, which is not read")
     with pytest.raises(InputError, match=f"{folder} is not a policy: it has no {file}"):
         load_policy(folder)
-    with pytest.raises(InputError, match="nowhere is not a policy"):
+    with pytest.raises(InputError, match=r"There is no folder .*nowhere\."):
         load_policy(folder / "nowhere")
 
 

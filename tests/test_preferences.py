@@ -242,7 +242,7 @@ def test_parquet_rows_are_named_too(tmp_path):
     assert [line.partition("pairs.parquet, ")[2] for line in broken] == [
         'row 1 has an empty "chosen"',
         "row 2 has no judgement; its columns are chosen. It needs chosen and rejected of pairs; completions with "
-        "scores or ranks of rankings; or completion, or messages, with rating of ratings",
+        "scores or ranks of rankings; or completion, or messages, with rating or label of ratings",
     ]
 
 
@@ -286,7 +286,7 @@ def test_demonstrations_are_prompts_with_a_completion(tmp_path):
     read = read_demonstrations(path)
     assert [row[:2] for row in read.rows] == [("p", ("a",)), ("user: Hi\nassistant:", (" Hello",))]
     assert read.broken == [
-        f'{path}, line 3 has neither "completion" nor "messages"',
+        f'{path}, line 3 has neither "completion", "messages" nor "text"',
         f'{path}, line 4 has an empty "completion"',
     ]
     path.write_text("{}", "utf-8")

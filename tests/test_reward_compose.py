@@ -51,7 +51,7 @@ def untraceable(rollout):
     return jnp.asarray([float(x) for x in rollout.truncated])
 
 def none(): pass
-def three(prompt, completion, more): pass
+def four(prompt, completion, row, more): pass
 def any_number(*arguments): pass
 def keyword_only(rollout, *, more): pass
 VALUE = 3
@@ -144,7 +144,7 @@ def test_a_failing_part_is_named_with_its_completion(tokenizer, own_module):
         ("own_reward:number", r"gives shape \(\)"),
         ("own_reward:untraceable", "cannot be traced by JAX"),
         ("own_reward:none", "must take one argument"),
-        ("own_reward:three", "must take one argument"),
+        ("own_reward:four", "must take one argument"),
         ("own_reward:any_number", "must take one argument"),
         ("own_reward:keyword_only", "must take one argument"),
         ("own_reward:VALUE", "has no function 'VALUE'"),

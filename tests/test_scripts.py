@@ -9,6 +9,7 @@ import pytest
 
 from experiments import generate, pretrain, reinforce
 from experiments.compare import Comparing
+from experiments.reinforcing import split_prompts
 from rl_jax.data.prompts import decode_completions
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
@@ -21,12 +22,12 @@ TOKENIZER = train_tokenizer(["abab abab"], 260)
 def test_prompts_of_the_comparison_are_never_learned_from_and_span_the_corpus():
     settings = reinforce.Reinforcing(prompts=4, prompt_length=2, compare=Comparing(prompts=5))
     passages = [f"{chr(65 + i)} abab abab" for i in range(20)]
-    prompts = reinforce.split_prompts(settings, TOKENIZER, passages)
+    prompts = split_prompts(settings, TOKENIZER, passages)
     kept, learned = (decode_completions(TOKENIZER, *part) for part in (prompts.held_out, prompts.train))
     assert sorted(kept + learned) == sorted(f"{chr(65 + i)} abab" for i in range(20))
     assert [text[0] for text in kept] == ["A", "E", "I", "M", "Q"]
     with pytest.raises(InputError, match="need 9"):
-        reinforce.split_prompts(settings, TOKENIZER, passages[:8])
+        split_prompts(settings, TOKENIZER, passages[:8])
 
 
 def test_learning_rate_rises_and_falls_to_a_tenth():

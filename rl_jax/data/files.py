@@ -1,8 +1,8 @@
-"""Rows out of JSONL and Parquet files, one after another, each with its place in the file."""
+"""Rows out of JSONL and Parquet files and data sets of the hub, one after another, each with its place."""
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,13 +10,16 @@ from rl_jax.errors import InputError
 
 SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON can write what no UTF-8 text can hold
 HALF_SURROGATE = "has half of a surrogate pair, which is no character: remove it"
+ROW_KINDS = (".jsonl", ".parquet")
+# A data set of the hub: org/name, org/name:split or org/name/configuration:split.
+HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<configuration>[\w.-]+))?(:(?P<split>.+))?")
 
 
 class Row(NamedTuple):
     """A row of a file.
 
     Attributes:
-        place: "FILE, line 7" of JSONL, counted from 1; "FILE, row 7" of Parquet, counted from 0.
+        place: "FILE, line 7" of JSONL, counted from 1; "FILE, row 7" of others, counted from 0.
         values: its columns; empty where the row cannot be read.
         broken: why it cannot be read; "" where it can.
     """
@@ -36,24 +39,52 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def read_rows(path: Path, column: str | None = None) -> Iterator[Row]:
-    """The rows of a .jsonl or .parquet file, of which only a part is held at a time. Empty lines are none.
+def is_hub_name(path: Path) -> bool:
+    """Whether this is no file or folder, but may be a data set of the hub: org/name, with /configuration or :split."""
+    return not path.exists() and HUB.fullmatch(str(path)) is not None and path.suffix not in (*ROW_KINDS, ".txt")
+
+
+def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of a .jsonl or .parquet file or a data set of the hub, of which only a part is held at a time.
+
+    Empty lines are none. A data set is fetched by the package `datasets`, where no file has its name; without a split
+    it is "train".
 
     Args:
-        path: the file.
-        column: the only column that is wanted, or None for all of them; JSONL has the others all the same.
+        path: the file, or org/name, org/name:split or org/name/configuration:split.
+        columns: the only ones that are wanted, where Parquet has them; none for all. Others have all the same.
 
     Raises:
         InputError: there is no such file, it is of another kind, Parquet that cannot be read, or Parquet without
-            that column; or pyarrow, which reads Parquet, is missing.
+            any of these columns; the data set cannot be had; or pyarrow, which reads Parquet, or `datasets` is missing.
     """
+    if is_hub_name(path):
+        return _hub_rows(str(path))
     if not path.is_file():
         raise InputError(f"there is no file {path}")
     if path.suffix == ".jsonl":
         return _jsonl_rows(path)
     if path.suffix == ".parquet":
-        return _parquet_rows(path, column)
-    raise InputError(f"{path} is of no kind whose rows can be read: .jsonl, .parquet")
+        return _parquet_rows(path, columns)
+    raise InputError(f"{path} is of no kind whose rows can be read: {', '.join(ROW_KINDS)}")
+
+
+def _hub_rows(place: str) -> Iterator[Row]:
+    found = HUB.fullmatch(place)
+    assert found is not None, "the caller saw it"
+    try:
+        import datasets  # pyrefly: ignore[missing-import]
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"there is no file {place}; to look for a data set of that name on the hub: pip install datasets"
+        ) from error
+    try:
+        rows = datasets.load_dataset(found["name"], found["configuration"], split=found["split"] or "train")
+    except Exception as error:  # a package of somebody else's, and a network
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"there is no file {place}, and no such data set can be had from the hub ({why})") from error
+    for number, values in enumerate(rows):
+        yield Row(f"{place}, row {number}", dict(values))
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
@@ -76,7 +107,7 @@ def _jsonl_row(place: str, line: bytes) -> Row:
     return Row(place, values) if isinstance(values, dict) else Row(place, {}, "is not a JSON object")
 
 
-def _parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
+def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -86,9 +117,11 @@ def _parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if column is not None and column not in names:
-                raise InputError(f'{path} has no column "{column}", only {", ".join(names)}')
-            for batch in file.iter_batches(columns=None if column is None else [column]):
+            wanted = [name for name in columns if name in names]
+            if columns and not wanted:
+                lacking = " or ".join(f'"{name}"' for name in columns)
+                raise InputError(f"{path} has no column {lacking}, only {', '.join(names)}")
+            for batch in file.iter_batches(columns=wanted or None):
                 for values in batch.to_pylist():
                     yield Row(f"{path}, row {number}", values)
                     number += 1

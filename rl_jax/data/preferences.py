@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rl_jax.data.batches import ALL, RowNumbers, shuffled_rows
-from rl_jax.data.conversations import BrokenRow, Render, plain_turns, read_completion, read_completions
+from rl_jax.data.conversations import BrokenRow, Render, plain_turns, read_completion, read_completions, turn_end
 from rl_jax.data.files import read_rows
 from rl_jax.data.tokenizer import encode_texts
 from rl_jax.errors import InputError
@@ -24,7 +24,7 @@ from rl_jax.types import PreferenceBatch
 LARGEST = float(np.finfo(np.float32).max)  # of a number in a row, since batches are float32
 COLUMNS = (
     "chosen and rejected of pairs; completions with scores or ranks of rankings; or completion, or messages, with "
-    "rating of ratings"
+    "rating or label of ratings"
 )
 
 
@@ -65,7 +65,8 @@ def read_preferences(path: str | os.PathLike[str], render: Render = plain_turns)
       `margin`;
     - a ranking: `completions` with `scores` (higher is better) or `ranks` (1 is best). One of two candidates is kept
       as a pair, a tie where both are equal;
-    - a rating: `completion` or `messages`, of which the last is what was rated, and `rating`.
+    - a rating: `completion` or `messages`, of which the last is what was rated, and `rating`, or `label`, true (1) or
+      false (0).
 
     Any of them may have `prompt`, `gap` and, but for rankings, `raters`, as in `Judged`; without a prompt it is "".
     Prompts and completions are strings, or lists of messages {"role", "content"}, of which `render` makes text. Where
@@ -101,8 +102,8 @@ def read_preferences(path: str | os.PathLike[str], render: Render = plain_turns)
 def read_demonstrations(path: str | os.PathLike[str], render: Render = plain_turns) -> Read:
     """Reads prompts with a completion to learn from, of files as `read_preferences` has them.
 
-    The columns are `prompt` (or none) and `completion`, or `messages`, of which the last is the completion; the row's
-    label, which nobody gave, is 0. Rows that cannot be used are left out and named.
+    The columns are `prompt` (or none) and `completion`; or `messages`, of which the last is the completion; or `text`,
+    a completion of nothing. The row's label, which nobody gave, is 0. Rows that cannot be used are left out and named.
 
     Raises:
         InputError: the file cannot be read, or none of its rows can be used.
@@ -112,8 +113,10 @@ def read_demonstrations(path: str | os.PathLike[str], render: Render = plain_tur
         try:
             if reason:
                 raise BrokenRow(reason)
+            if all(values.get(name) is None for name in ("completion", "messages", "text")):
+                raise BrokenRow('has neither "completion", "messages" nor "text"')
             if values.get("completion") is None and values.get("messages") is None:
-                raise BrokenRow('has neither "completion" nor "messages"')
+                values = {"completion": values["text"]}
             rows.append(Judged(*read_completion(values, "completion", render), (0.0,)))
         except BrokenRow as error:
             broken.append(f"{place} {error}")
@@ -142,6 +145,7 @@ def encode_preferences(
         rows: M' of them.
         context: tokens that a prompt and the longest of its completions may have together.
         end: whether each completion is followed by the end-of-sequence token: yes where completions are whole texts.
+            One that ends with it already, or with what the chat template puts after an assistant's turn, is left so.
 
     Returns:
         NumPy arrays of the M rows that fit, in their order, and the numbers of the rows that do not, or that have a
@@ -155,10 +159,11 @@ def encode_preferences(
         raise InputError("the tokenizer has no end-of-sequence token to end completions with")
     if not rows:
         raise InputError("there are no rows to encode")
-    closing = np.full(int(end), eos, np.int32)
+    closing, ends = np.full(int(end), eos, np.int32), (eos, turn_end(tokenizer))
     prompts = [ids if len(ids) else np.asarray([eos], np.int32) for ids in _encoded(tokenizer, rows, "prompt")]
     flat = iter(_encoded(tokenizer, rows, "completions"))
-    completions = [[np.concatenate([next(flat), closing]) for _ in row.completions] for row in rows]
+    closed = (ids if len(ids) and ids[-1] in ends else np.concatenate([ids, closing]) for ids in flat)
+    completions = [[next(closed) for _ in row.completions] for row in rows]
     lengths = [(len(prompt), [len(ids) for ids in ended]) for prompt, ended in zip(prompts, completions, strict=True)]
     fits = [min(ended) > 0 and prompt + max(ended) <= context for prompt, ended in lengths]
     kept = [index for index, fit in enumerate(fits) if fit]
@@ -248,7 +253,7 @@ def _kind(values: Mapping[str, Any]) -> str:
         return "pair"
     if "completions" in has and has & {"scores", "ranks"}:
         return "ranking"
-    if has & {"completion", "messages"} and "rating" in has:
+    if has & {"completion", "messages"} and has & {"rating", "label"}:
         return "rating"
     raise BrokenRow(f"has no judgement; its columns are {', '.join(sorted(has)) or 'empty'}. It needs {COLUMNS}")
 
@@ -283,7 +288,11 @@ def _ranking(values: Mapping[str, Any], render: Render) -> Judged:
 
 def _rating(values: Mapping[str, Any], render: Render) -> Judged:
     prompt, completions = read_completion(values, "completion", render)
-    return Judged(prompt, completions, (_number(values, "rating"),), gap=_gap(values), raters=_numbers(values))
+    label = values.get("label")
+    if values.get("rating") is None and not isinstance(label, bool):
+        raise BrokenRow(f'has {label!r} under "label", which is neither true nor false')
+    rating = _number(values, "rating", float(label or 0))
+    return Judged(prompt, completions, (rating,), gap=_gap(values), raters=_numbers(values))
 
 
 _READERS = {"pair": _pair, "ranking": _ranking, "rating": _rating}

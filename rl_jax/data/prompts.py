@@ -1,5 +1,6 @@
 """Prompts and completions between strings and padded arrays; masks are made here and carried from here on."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,7 +38,7 @@ def passage_openings(
     begins = np.array([text[:1].isspace() for text in tokenizer.batch_decode(ids[:, None].tolist())])
     begins = begins[places].reshape(tokens.shape)[:, 1:]
     lengths = np.where(begins.any(axis=1), prompt_length - np.argmax(begins[:, ::-1], axis=1), prompt_length)
-    return _left_padded([row[:length] for row, length in zip(longer, lengths, strict=True)], prompt_length, tokenizer)
+    return left_padded([row[:length] for row, length in zip(longer, lengths, strict=True)], prompt_length, tokenizer)
 
 
 def encode_prompts(
@@ -65,7 +66,7 @@ def encode_prompts(
                 f"the prompt {_shortened(text)!r} has {len(ids)} tokens; with a completion of "
                 f"{completion_length} the context of {context} leaves room for {context - completion_length}"
             )
-    return _left_padded(rows, max(map(len, rows)), tokenizer)
+    return left_padded(rows, max(map(len, rows)), tokenizer)
 
 
 def prompt_batch(
@@ -94,25 +95,22 @@ def prompt_batch(
 def decode_completions(
     tokenizer: PreTrainedTokenizerBase, completions: ArrayLike, completion_mask: ArrayLike
 ) -> list[str]:
-    """The text of each row where its mask is true, without end-of-sequence tokens; serves prompts as well.
+    """The text of each row where its mask is true, without special tokens; serves prompts as well.
 
     Args:
         completions: token ids. int32 [B, C].
         completion_mask: bool [B, C].
     """
-    tokens = np.asarray(completions)
-    kept = np.asarray(completion_mask) & (tokens != tokenizer.eos_token_id)
-    return [
-        str(tokenizer.decode(row[keep].tolist(), clean_up_tokenization_spaces=False))
-        for row, keep in zip(tokens, kept, strict=True)
-    ]
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    rows = zip(np.asarray(completions), np.asarray(completion_mask), strict=True)
+    return [str(decode(row[keep].tolist())) for row, keep in rows]
 
 
 def _shortened(text: str, characters: int = 60) -> str:
     return text if len(text) <= characters else text[:characters] + "..."
 
 
-def _left_padded(
+def left_padded(
     rows: Sequence[np.ndarray], width: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of token ids as int32 [N, width], padded with the end-of-sequence id, and their mask bool [N, width]."""

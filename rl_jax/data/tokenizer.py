@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,10 +69,12 @@ def save_tokenizer(folder: str | os.PathLike[str], tokenizer: PreTrainedTokenize
         folder = Path(folder)
         half = folder.with_name(f"{folder.name}.tmp")
         tokenizer.save_pretrained(half)
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in half.iterdir():
-            os.replace(path, folder / path.name)
-        half.rmdir()
+        for path in list(half.rglob("*")):
+            if path.is_file():  # a tokenizer with several chat templates has a folder of them
+                place = folder / path.relative_to(half)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, place)
+        shutil.rmtree(half)
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -126,10 +129,18 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list
     A character whose bytes are spread over several tokens appears once, with the last of them; the others are
     then empty.
     """
-    pieces, shown = [], 0
-    for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
-        whole = text if end == len(ids) else text.rstrip("\ufffd")
-        pieces.append(whole[shown:])
+    *pieces, rest = stream_pieces(tokenizer, ids)
+    return [*pieces[:-1], pieces[-1] + rest] if pieces else []
+
+
+def stream_pieces(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Iterator[str]:
+    """As `token_pieces`, each as its token comes, and after them the bytes of a character that was cut short."""
+    seen: list[int] = []
+    text, shown = "", 0
+    for id in ids:
+        seen.append(id)
+        text = str(tokenizer.decode(seen, clean_up_tokenization_spaces=False))
+        whole = text.rstrip("\ufffd")
+        yield whole[shown:]
         shown = len(whole)
-    return pieces
+    yield text[shown:]

@@ -1,25 +1,30 @@
-"""Policies on disk, in the layout that `transformers` loads: config.json, model.safetensors, tokenizer files.
+"""Policies on disk, in the layout that `transformers` loads: config.json, safetensors, tokenizer files.
 
 No weights are unpickled, and no code that comes with a model runs.
 """
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+import reprlib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from rl_jax.errors import InputError
 from rl_jax.models.families import from_settings, to_settings
+from rl_jax.models.gguf import gguf_tokenizer, read_gguf
+from rl_jax.models.layout import put_model
+from rl_jax.models.places import find_model
+from rl_jax.models.shards import SHARD_BYTES, Stored, has_tensors, open_tensors, reading, save_tensors
 from rl_jax.models.tensors import from_tensors, to_tensors
 from rl_jax.models.transformer import TransformerConfig
 from rl_jax.run.processes import is_first
-from rl_jax.run.spmd import fetch
-from rl_jax.types import PyTree
+from rl_jax.run.spmd import Mesh, fetch, make_mesh
+from rl_jax.types import Array, PyTree
+
+Dtype = Literal["float32", "bfloat16"]
 
 
 class Policy(NamedTuple):
@@ -32,60 +37,76 @@ class Policy(NamedTuple):
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The ids of which each ends a completion."""
+        """The ids of which each ends a completion; the tokenizer's own is the first."""
         return self.eos or (self.tokenizer.eos_token_id,)
 
 
-def save_policy(folder: Path, policy: Policy) -> None:
+def save_policy(folder: Path, policy: Policy, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a policy so that `transformers` and `load_policy` read it: the first process does, and all have to ask."""
     from rl_jax.data.tokenizer import save_tokenizer  # slow to import
 
     params = fetch(policy.params)
     if not is_first():
         return
-    settings = to_settings(policy.config, policy.tokenizer.eos_token_id, policy.tokenizer.bos_token_id)
+    tokenizer = policy.tokenizer
+    settings = to_settings(policy.config, policy.ends, tokenizer.bos_token_id)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids |= {"eos_token_id": settings["eos_token_id"]}
+    generation = {name: id for name, id in ids.items() if id is not None}
     folder.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(folder, policy.tokenizer)
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-    save_file(to_tensors(params, policy.config), folder / "model.safetensors", metadata={"format": "pt"})
+    save_tokenizer(folder, tokenizer)
+    for name, values in (("config.json", settings), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    save_tensors(folder, to_tensors(params, policy.config), shard_bytes)
 
 
-def load_policy(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32", remat: bool = False) -> Policy:
-    """Read a policy that `save_policy` or `transformers` wrote.
+def load_policy(
+    place: Path | str,
+    dtype: Dtype = "float32",
+    remat: bool = False,
+    params_dtype: Dtype = "float32",
+    mesh: Mesh | None = None,
+) -> Policy:
+    """Read a policy, tensor by tensor, onto the devices, laid out as `put_model` does.
 
     Args:
-        folder: holds config.json, model.safetensors and the tokenizer.
-        dtype: the compute dtype; parameters are float32.
+        place: of which `find_model` says what it stands for: a folder that `save_policy` or `transformers` wrote, a
+            GGUF file, or a model's name.
+        dtype: the compute dtype.
         remat: recompute blocks in the backward pass.
+        params_dtype: of the matrices, bfloat16 for parameters that are not learned; vectors are float32.
+        mesh: default `make_mesh()`.
 
     Raises:
-        InputError: the folder is not a policy, or one of a kind that is not supported.
+        InputError: there is no such policy, it is damaged, or of a kind that is not supported.
     """
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} is not a policy: it has no {name}. Give the policy folder of a run.")
-    config, tensors = read_model(folder, dtype, remat)
-    tokenizer = read_tokenizer(folder, config)
-    with reading(folder / "model.safetensors"):
-        return Policy(from_tensors(tensors, config), config, tokenizer)
+    path, mesh = find_model(place), mesh or make_mesh()
+    settings, tensors, tokenizer, eos = _open_gguf(path) if path.is_file() else _open_folder(path)
+    with reading(path if path.is_file() else path / "config.json"):
+        config = dataclasses.replace(from_settings(settings), dtype=dtype, remat=remat)
+    tokenizer, eos = check_tokenizer(tokenizer, eos, config, path)
+
+    def put(name: str, value: np.ndarray) -> Array:
+        value = value.astype(jnp.dtype(params_dtype)) if value.ndim > 1 else value
+        return put_model({name: value}, mesh)[name]
+
+    with reading(path):
+        return Policy(from_tensors(tensors, config, put), config, tokenizer, eos)
 
 
 def read_model(
-    folder: Path, dtype: Literal["float32", "bfloat16"] = "float32", remat: bool = False
+    folder: Path, dtype: Dtype = "float32", remat: bool = False
 ) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
     """The configuration and the named tensors in a model's folder.
 
     Raises:
         InputError: there is no model, one that is damaged, or one of a kind that is not supported.
     """
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} is not a model: it has no {name}. Copy or train it again.")
+    _require_files(folder, "model", ("config.json",))
+    settings = _read_json(folder / "config.json")
     with reading(folder / "config.json"):
-        settings = json.loads((folder / "config.json").read_text("utf-8"))
         config = dataclasses.replace(from_settings(settings), dtype=dtype, remat=remat)
-    with reading(folder / "model.safetensors"):
-        return config, load_file(folder / "model.safetensors")
+    return config, dict(open_tensors(folder))
 
 
 def read_tokenizer(folder: Path, config: TransformerConfig) -> Any:
@@ -96,30 +117,83 @@ def read_tokenizer(folder: Path, config: TransformerConfig) -> Any:
     """
     from rl_jax.data.tokenizer import load_tokenizer  # slow to import
 
-    tokenizer = load_tokenizer(folder)
-    if not isinstance(tokenizer.eos_token_id, int):
-        raise InputError(
-            f"The tokenizer in {folder} has no end-of-sequence token, which is what ends a completion: name one as "
-            "eos_token in its tokenizer_config.json."
-        )
+    return check_tokenizer(load_tokenizer(folder), (), config, folder)[0]
+
+
+def check_tokenizer(
+    tokenizer: Any, eos: tuple[int, ...], config: TransformerConfig, path: Path
+) -> tuple[Any, tuple[int, ...]]:
+    """A model's tokenizer with an end-of-sequence token, and the ids that end a completion: that token's, then others.
+
+    Args:
+        tokenizer: where it names no such token, the first of `eos` becomes it.
+        eos: ids that end a completion by what the model's files say.
+        config: the model's configuration.
+        path: where the tokenizer was read.
+
+    Raises:
+        InputError: it cannot end a completion, or it has tokens the model does not.
+    """
     tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
     if tokens > config.vocab_size:
         raise InputError(
-            f"The tokenizer in {folder} has {tokens} tokens, and the model a vocabulary of {config.vocab_size}: take "
+            f"The tokenizer in {path} has {tokens} tokens, and the model a vocabulary of {config.vocab_size}: take "
             "the tokenizer that the model was trained with."
         )
-    return tokenizer
+    eos = tuple(sorted({id for id in eos if id < tokens}))
+    if not isinstance(tokenizer.eos_token_id, int):
+        if not eos:
+            raise InputError(
+                f"The tokenizer in {path} has no end-of-sequence token, which is what ends a completion: name one as "
+                "eos_token in its tokenizer_config.json."
+            )
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos[0])
+    own = tokenizer.eos_token_id
+    return tokenizer, (own, *(id for id in eos if id != own))
 
 
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Whatever is wrong with a file that is read in here is an `InputError` that names it."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except MemoryError:  # no fault of the file's
-        raise
-    except Exception as error:  # files of others can break a reader in any way
-        why = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path} cannot be read ({why}); copy or train it again.") from error
+def _open_folder(folder: Path) -> tuple[Any, Stored, Any, tuple[int, ...]]:
+    """Settings, tensors, tokenizer and ids that end a completion."""
+    from rl_jax.data.tokenizer import load_tokenizer  # slow to import
+
+    _require_files(folder, "policy", ("config.json", "tokenizer.json"))
+    settings, generation = _read_json(folder / "config.json"), folder / "generation_config.json"
+    values, source = settings, folder / "config.json"
+    if generation.is_file() and (said := _read_json(generation)).get("eos_token_id") is not None:
+        values, source = said, generation
+    with reading(source):
+        eos = _ids(values.get("eos_token_id"))
+    return settings, open_tensors(folder), load_tokenizer(folder), eos
+
+
+def _open_gguf(path: Path) -> tuple[Any, Stored, Any, tuple[int, ...]]:
+    """Settings, tensors, tokenizer and ids that end a completion."""
+    with reading(path):
+        model = read_gguf(path)
+        ids = (model.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+        return model.settings, model.tensors, gguf_tokenizer(model.metadata), _ids([id for id in ids if id is not None])
+
+
+def _require_files(folder: Path, kind: str, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if not missing and not has_tensors(folder):
+        missing = ["model.safetensors"]
+    if missing:
+        mend = "Give the policy folder of a run." if kind == "policy" else "Copy or train it again."
+        raise InputError(f"{folder} is not a {kind}: it has no {missing[0]}. {mend}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with reading(path):
+        values = json.loads(path.read_text("utf-8"))
+        if not isinstance(values, dict):
+            raise InputError("It holds no JSON object; copy or train it again.")
+        return values
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    """Ids of tokens, of the value of an `eos_token_id`: none, one, or a list."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(id) is int and id >= 0 for id in ids):
+        raise InputError(f"It has eos_token_id = {reprlib.repr(value)}, which are no ids of tokens: copy it again.")
+    return tuple(ids)

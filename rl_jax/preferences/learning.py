@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from rl_jax.learner import apply_gradients, init_state
 from rl_jax.masked import masked_mean
 from rl_jax.microbatch import sum_over_microbatches
+from rl_jax.models.lora import WholeFn, itself
 from rl_jax.models.reward_model import candidate_rewards
 from rl_jax.models.transformer import TransformerConfig
 from rl_jax.pretraining import SumMicrobatches
@@ -30,16 +31,18 @@ def reward_gradient(
     loss_fn: JudgedLoss,
     microbatches: int = 1,
     sum_parts: SumMicrobatches = sum_over_microbatches,
+    whole: WholeFn = itself,
 ) -> tuple[PyTree, Metrics]:
     """Gradient of the mean loss of a batch's prompts, for one member.
 
     Args:
-        params: of one member; its normalizer has no part in it.
+        params: what is trained of one member; its normalizer has no part in it.
         batch: B prompts with K candidates each.
         config: the member's configuration.
         loss_fn: what it learns by; see `rl_jax.preferences.losses`.
         microbatches: parts that the batch is worked through in.
         sum_parts: how these are added up.
+        whole: what is trained of a member -> its parameters.
 
     Returns:
         The gradient, shaped as `params`, and metrics: loss; accuracy, the share of the batch's ordered pairs of
@@ -47,16 +50,16 @@ def reward_gradient(
     """
     prompts = len(batch.prompts)
 
-    def loss_of(params: PyTree, part: PreferenceBatch) -> tuple[Array, tuple[Array, Array]]:
-        rewards = candidate_rewards(params, part, config)
+    def loss_of(params: PyTree, whole: WholeFn, part: PreferenceBatch) -> tuple[Array, tuple[Array, Array]]:
+        rewards = candidate_rewards(whole(params), part, config)
         loss = jnp.sum(loss_fn(rewards, part)) / prompts
         return loss, (loss, rewards)
 
-    def gradient(params: PyTree, part: PreferenceBatch) -> tuple[tuple[PyTree, Array], Array]:
-        grads, (loss, rewards) = jax.grad(loss_of, has_aux=True)(params, part)
+    def gradient(params: PyTree, whole: WholeFn, part: PreferenceBatch) -> tuple[tuple[PyTree, Array], Array]:
+        grads, (loss, rewards) = jax.grad(loss_of, has_aux=True)(params, whole, part)
         return (grads, loss), rewards
 
-    (grads, loss), rewards = sum_parts(Partial(gradient, params), batch, microbatches)
+    (grads, loss), rewards = sum_parts(Partial(gradient, params, whole), batch, microbatches)
     metrics = {"loss": loss}
     if batch.labels.shape[1] > 1:
         metrics["accuracy"] = concordance(rewards, batch.labels, jnp.any(batch.completion_mask, axis=2))
@@ -93,6 +96,7 @@ def ensemble_update(
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
     sum_parts: SumMicrobatches = sum_over_microbatches,
+    whole: WholeFn = itself,
 ) -> tuple[TrainState, Metrics]:
     """One update of every member of an ensemble, each from its own batch.
 
@@ -104,6 +108,7 @@ def ensemble_update(
         optimizer: the transformation whose state `state` holds.
         microbatches: parts that each gradient is accumulated over.
         sum_parts: how these are added up.
+        whole: what is trained of a member -> its parameters.
 
     Returns:
         The state after, and the metrics of `reward_gradient` and `apply_gradients`, their means over members (of
@@ -111,7 +116,7 @@ def ensemble_update(
     """
 
     def member(params: PyTree, opt_state: PyTree, part: PreferenceBatch) -> tuple[PyTree, PyTree, Array, Metrics]:
-        grads, metrics = reward_gradient(params, part, config, loss_fn, microbatches, sum_parts)
+        grads, metrics = reward_gradient(params, part, config, loss_fn, microbatches, sum_parts, whole)
         after, applied = apply_gradients(
             dataclasses.replace(state, params=params, opt_state=opt_state), grads, optimizer
         )

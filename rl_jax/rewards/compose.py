@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import tyro
 from transformers import PreTrainedTokenizerBase
 
+from rl_jax.data.prompt_rows import PromptRows
 from rl_jax.errors import InputError
 from rl_jax.models.reward_model import RewardModel, load_reward_model, members
 from rl_jax.rewards.learned import (
@@ -30,6 +32,7 @@ from rl_jax.rewards.learned import (
 )
 from rl_jax.rewards.text import (
     TIME_LIMIT,
+    Row,
     TextReward,
     keyword_reward,
     regex_reward,
@@ -61,8 +64,8 @@ class RewardConfig:
     target_length, as a share of it. keyword: share of the keywords that occur. regex: 1 where the pattern matches,
     else 0. repetition: minus the share of repeated bigrams. tokens: share of the tokens that are keywords. learned: a
     reward model's, each member of mean 0 and variance 1 on the reference policy. module:function is your own, of one
-    rollout (JAX, gives [B]) or of a prompt and a completion (strings, gives a number); the module may be in the current
-    directory."""
+    rollout (JAX, gives [B]) or of a prompt and a completion (strings, gives a number), or of these and the row
+    of the prompt file (a dict of all its columns); the module may be in the current directory."""
 
     weights: tuple[float, ...] = ()
     """The factor of each reward, in the order of names; all 1 when empty."""
@@ -101,11 +104,12 @@ class Reward(NamedTuple):
     Attributes:
         name: for people, such as "sentiment + 0.5 repetition".
         on_tokens: the part inside the compiled step, params, Rollout -> [B].
-        on_text: the part on the host, prompt, completion -> number.
+        on_text: the part on the host, prompt, completion and, where there are rows, the prompt's -> number.
         params: what the part inside the step is given: those of a reward model, or nothing.
         context: the longest prompt and completion together that it can read, in tokens.
         time_limit: seconds that the part on text may take for a completion.
         on_failure: "stop", or what the part on text gives a completion for which it fails.
+        rows: of the file that prompts are from, for the part on text.
     """
 
     name: str
@@ -115,6 +119,7 @@ class Reward(NamedTuple):
     context: float = math.inf
     time_limit: float = TIME_LIMIT
     on_failure: OnFailure = "stop"
+    rows: PromptRows = MappingProxyType({})
 
 
 def make_reward(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, model: RewardModel | None = None) -> Reward:
@@ -135,13 +140,13 @@ def make_reward(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, model:
     weights = config.weights or (1.0,) * len(config.names)
     parts = [_part(name, config, tokenizer, model) for name in config.names]
     on_tokens = [(weight, part) for weight, (part, _) in zip(weights, parts, strict=True) if part]
-    on_text = [(weight, part) for weight, (_, part) in zip(weights, parts, strict=True) if part]
+    on_text = [(weight, _with_row(part)) for weight, (_, part) in zip(weights, parts, strict=True) if part]
 
     def tokens_sum(params: PyTree, rollout: Rollout) -> Array:
         return functools.reduce(operator.add, (weight * reward(params, rollout) for weight, reward in on_tokens))
 
-    def text_sum(prompt: str, completion: str) -> float:
-        return sum(weight * score_text(reward, prompt, completion) for weight, reward in on_text)
+    def text_sum(prompt: str, completion: str, row: Row | None = None) -> float:
+        return sum(weight * score_text(reward, prompt, completion, row) for weight, reward in on_text)
 
     check_text_settings(config, bool(on_text))
     return Reward(
@@ -166,7 +171,9 @@ def check_text_settings(config: RewardConfig, used: bool) -> None:
             raise InputError(f"{setting} is given, and no reward is on text: leave it out")
 
 
-def try_text_reward(reward: Reward, prompts: Sequence[str], completions: Sequence[str]) -> None:
+def try_text_reward(
+    reward: Reward, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Row | None] | None = None
+) -> None:
     """Calls a reward on text so that a mistake in it shows before any long work.
 
     Raises:
@@ -181,7 +188,7 @@ def try_text_reward(reward: Reward, prompts: Sequence[str], completions: Sequenc
         return reward.on_failure
 
     if reward.on_text is not None:
-        score_texts(reward.on_text, prompts, completions, limit=reward.time_limit, on_failure=note)
+        score_texts(reward.on_text, prompts, completions, rows, limit=reward.time_limit, on_failure=note)
 
 
 def _check(config: RewardConfig) -> None:
@@ -271,12 +278,30 @@ def _part(
         case 1:
             _check_shape(name, function)
             return lambda params, rollout: function(rollout), None
-        case 2:
+        case 2 | 3:
             return None, function
     raise InputError(
         f"the reward {name} must take one argument (a Rollout) to be a reward on tokens, or two (prompt, "
-        "completion) to be one on text"
+        "completion) or three (prompt, completion, row of the prompt file) to be one on text"
     )
+
+
+def _with_row(function: TextReward) -> TextReward:
+    """A reward on text of two arguments or three, as one that is always given the row."""
+    takes_row, name = _fewest_arguments(function) == 3, getattr(function, "__qualname__", repr(function))
+
+    def reward(prompt: str, completion: str, row: Row | None) -> float:
+        if not takes_row:
+            return function(prompt, completion)
+        if row is None:
+            raise InputError(
+                f"the reward {name} takes the row of its prompt, and this prompt is from no file: give prompts by "
+                "prompt_file"
+            )
+        return function(prompt, completion, row)
+
+    reward.__qualname__ = name
+    return reward
 
 
 def keyword_ids(tokenizer: PreTrainedTokenizerBase, keywords: tuple[str, ...]) -> list[int]:
@@ -330,8 +355,8 @@ def _current_directory_importable() -> Iterator[None]:
 
 
 def _fewest_arguments(function: Callable) -> int | None:
-    """The smallest number of arguments, up to two, that the function can be called with."""
-    for count in range(3):
+    """The smallest number of arguments, up to three, that the function can be called with."""
+    for count in range(4):
         with contextlib.suppress(TypeError, ValueError):  # does not bind; a built-in that hides its signature
             inspect.signature(function).bind(*range(count))
             return count

@@ -2,7 +2,8 @@
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -12,8 +13,11 @@ from rl_jax.run.interrupt import TimeUp, time_limit
 
 TIME_LIMIT = 60.0  # seconds that a text reward may take for a completion
 
-TextReward = Callable[[str, str], float]
-"""Prompt, completion -> reward."""
+TextReward = Callable[..., float]
+"""Prompt, completion -> reward; or prompt, completion, the row of a file that the prompt is from -> reward."""
+
+Row = Mapping[str, Any]
+"""A row of a file, by the names of its columns."""
 
 FailureFn = Callable[[int, InputError], float]
 """Number of a completion, why its reward failed -> the reward that it gets instead; or it raises the error."""
@@ -49,6 +53,7 @@ def score_texts(
     reward: TextReward,
     prompts: Sequence[str],
     completions: Sequence[str],
+    rows: Sequence[Row | None] | None = None,
     *,
     limit: float = TIME_LIMIT,
     on_failure: FailureFn = raise_failure,
@@ -59,6 +64,7 @@ def score_texts(
         reward: what is called.
         prompts: [B].
         completions: [B].
+        rows: what the reward is given as its third argument; None for a reward of two. [B].
         limit: seconds that a call may take. It holds in the main thread, for what runs in Python: see `time_limit`.
         on_failure: what becomes of a completion whose reward raised, took longer than the limit, or was something other
             than a finite number.
@@ -70,10 +76,11 @@ def score_texts(
         InputError: from `on_failure`.
     """
     rewards = np.empty(len(completions), np.float32)
-    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    columns = (prompts, completions) if rows is None else (prompts, completions, rows)
+    for index, given in enumerate(zip(*columns, strict=True)):
         try:
             with time_limit(limit):
-                rewards[index] = score_text(reward, prompt, completion)
+                rewards[index] = score_text(reward, *given)
         except InputError as error:
             failure = InputError(f"completion {index} of {len(completions)}: {error}")
             failure.__cause__ = error
@@ -81,11 +88,11 @@ def score_texts(
     return rewards
 
 
-def score_text(reward: TextReward, prompt: str, completion: str) -> float:
+def score_text(reward: TextReward, prompt: str, completion: str, *row: Row | None) -> float:
     """Calls a text reward once; an InputError names the reward and shows the completion."""
     name, shown = getattr(reward, "__qualname__", repr(reward)), _shown(completion)
     try:
-        value = np.asarray(reward(prompt, completion))
+        value = np.asarray(reward(prompt, completion, *row))
     except InputError:  # from a part of this reward, and already explained
         raise
     except TimeUp as up:

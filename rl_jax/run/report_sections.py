@@ -58,6 +58,7 @@ MEASURES = {
     "held_out_loss": Measure("Held-out loss", "nats a token", "held_out_loss", ""),
     "held_out_perplexity": Measure("Held-out perplexity", "a token", "held_out_perplexity", ""),
     "bits": Measure("Held-out bits", "bits a byte", "held_out_bits_per_byte", ""),
+    "bits_before": Measure("Held-out bits", "bits a byte, of the given model", "held_out_bits_per_byte_before", ""),
 }
 
 ACCURACY = Measure("Reward model", "of held-out pairs", "", "pair_accuracy", True)  # in the summary's "reward_model"
@@ -141,6 +142,8 @@ def headline(summary: dict[str, Any], metrics: dict[str, Rows]) -> str:
     if cells["held_out_loss"].before != MISSING:
         loss, perplexity, bits = (cells[name].before for name in ("held_out_loss", "held_out_perplexity", "bits"))
         also = f"perplexity {perplexity}, {bits} bits a byte"
+        if cells["bits_before"].before != MISSING:
+            also += f"; {cells['bits_before'].before} before this run"
         sentences.append(f"The pretrained model has a held-out loss of {loss} nats a token ({also}).")
     accuracy = measured(reward_model(summary), ACCURACY)
     if accuracy.after != MISSING:

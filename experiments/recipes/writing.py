@@ -1,0 +1,317 @@
+"""What the recipes `dialogue` and `story` share: a reward made of parts, and a policy before and after it is optimised.
+
+Letters: N prompts, G completions of each, B = N * G.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from experiments.complete import SEQUENCES, Sampled, complete, in_blocks
+from experiments.recipes.writing_figures import draw_writing
+from experiments.reinforce import reinforce
+from experiments.reinforcing import Prompts, Reinforcing, make_sampling, spread
+from experiments.reinforcing import check as check_reinforcing
+from rl_jax.data.prompt_rows import Asked, encode_prompt_rows, find_rows, pad_keys
+from rl_jax.errors import InputError
+from rl_jax.evaluation import distinct_n, mean_interval, win_rate
+from rl_jax.keys import Purpose, step_key
+from rl_jax.models.huggingface import Policy
+from rl_jax.models.layout import put_model
+from rl_jax.rewards.compose import Reward
+from rl_jax.run.metrics import open_metrics
+from rl_jax.run.spmd import AS_IT_IS, make_mesh, pmapped
+from rl_jax.sampling import Sampling
+from rl_jax.scoring import completion_logprobs
+from rl_jax.types import Array, PyTree, Rollout
+
+BEFORE = "before"
+FIT, NATS = "fit, nats", "surprise, nats"  # of a token, by the policy before RL
+EXAMPLES = 16  # prompts whose completions are written to examples.md
+
+
+class Turn(NamedTuple):
+    """What a person wrote, and what a person wrote next."""
+
+    prompt: str
+    next: str
+
+
+PartsFn = Callable[[Sequence[Turn], Sequence[str]], dict[str, np.ndarray]]
+"""Turns [B], completions of their prompts [B] -> what each part of a reward says of them. float [B] each."""
+
+FitFn = Callable[[np.ndarray, Any], dict[str, Array]]
+"""Numbers of the rows, their rollout with other prompts [B, P] and the mask of these -> `FIT` and `NATS`. [B]."""
+
+Weights = Mapping[str, float]
+"""The factor of each part of a reward; a part that has none is only measured."""
+
+
+class Task(NamedTuple):
+    """What is to be written, and how it is judged.
+
+    Attributes:
+        prompts: to learn from, and held out; their rows are turns.
+        parts: of the reward.
+        judges: what is measured beside it and not optimised.
+    """
+
+    prompts: Prompts
+    parts: PartsFn
+    judges: PartsFn
+
+
+class Variant(NamedTuple):
+    """A run of RL.
+
+    Attributes:
+        weights: of the parts of the reward that it optimises.
+        steps: updates.
+    """
+
+    weights: Weights
+    steps: int
+
+
+class Written(NamedTuple):
+    """What a policy wrote to the held-out prompts. [N, G] each but for `sampled`.
+
+    Attributes:
+        sampled: its completions, with the exact KL from the reference.
+        parts: of the reward, by name.
+        judges: by name; `FIT` and `NATS` are the reference policy's.
+    """
+
+    sampled: Sampled
+    parts: dict[str, np.ndarray]
+    judges: dict[str, np.ndarray]
+
+
+def make_prompts(settings: Reinforcing, tokenizer: Any, turns: Sequence[Turn], render: Callable[[str], str]) -> Prompts:
+    """Prompts of up to `settings.prompt_length` tokens; those for the comparison are from all over the turns.
+
+    Args:
+        settings: of RL.
+        tokenizer: the policy's.
+        turns: what people wrote; a prompt that occurs again is left out, and so is one that is too long.
+        render: what a person wrote -> the text that the policy completes.
+
+    Raises:
+        InputError: too few are left.
+    """
+    first: dict[str, Turn] = {}
+    for turn in turns:
+        first.setdefault(turn.prompt, turn)
+    asked = [Asked(render(text), text, text, turn._asdict(), text) for text, turn in first.items()]
+    rows, _ = encode_prompt_rows(tokenizer, asked, settings.prompt_length)
+    kept, keys = settings.compare.prompts, list(rows)
+    if len(keys) < kept + settings.prompts:
+        raise InputError(
+            f"{len(keys)} different prompts have at most {settings.prompt_length} tokens; {settings.prompts} an update "
+            f"and {kept} to compare on need {kept + settings.prompts}: give a longer prompt_length, or fewer."
+        )
+    chosen = set(spread(kept, len(keys)).tolist())
+    train, held_out = (
+        pad_keys(tokenizer, [key for n, key in enumerate(keys) if (n in chosen) == kept], settings.prompt_length)
+        for kept in (False, True)
+    )
+    return Prompts(train, held_out, rows)
+
+
+def turns_of(prompts: Prompts, tokens: ArrayLike, mask: ArrayLike) -> list[Turn]:
+    """What people wrote, of each row of prompts. int32 [B, P], bool [B, P]."""
+    found = find_rows(prompts.rows, np.asarray(tokens), np.asarray(mask))
+    return [Turn(**each.row) for each in found if each is not None]
+
+
+def make_writing_reward(task: Task, weights: Weights) -> Reward:
+    """The weighted sum of the parts, as a reward on text."""
+
+    def writing(prompt: str, completion: str, row: Mapping[str, str]) -> float:
+        parts = task.parts([Turn(**row)], [completion])
+        return sum(weight * float(parts[name][0]) for name, weight in weights.items())
+
+    name = " + ".join(f"{weight:g} {part}" for part, weight in weights.items())
+    return Reward(name, None, writing, rows=task.prompts.rows)
+
+
+def total(parts: Mapping[str, np.ndarray], weights: Weights) -> np.ndarray:
+    """The reward of each completion. [N, G]."""
+    return functools.reduce(np.add, (weight * parts[name] for name, weight in weights.items()))
+
+
+def tune(
+    settings: Reinforcing, policy: Policy, task: Task, weights: Weights, variant: Variant, seed: int, run: Path
+) -> tuple[Policy, list[dict[str, Any]]]:
+    """Optimise what a variant optimises, with the whole reward beside it, in a folder from which it is resumed.
+
+    Returns:
+        The tuned policy, and its metrics, of which "whole" is the whole reward.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    reward, whole = (make_writing_reward(task, each) for each in (variant.weights, weights))
+    same = variant.weights == weights
+    settings, writer = dataclasses.replace(settings, steps=variant.steps), open_metrics(run)
+    tuned = reinforce(settings, policy, reward, task.prompts, seed, run, writer, None if same else whole)
+    writer.close()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    last = {row["step"]: row for row in rows if row["stage"] == "rl"}  # a resumed run writes some steps again
+    return tuned, [row | {"whole": row["reward" if same else "gold"]} for row in last.values()]
+
+
+def make_fit(policy: Policy) -> FitFn:
+    """A function that gives what a policy says of completions, after their own prompt and after another one.
+
+    It gives `FIT`, by how many nats a token the prompt makes the completion likelier than the other prompt does (Li
+    2016, "A diversity-promoting objective", with one other prompt in place of all), and `NATS`, minus the mean
+    log-probability of its tokens, at temperature 1. [B].
+    """
+    mesh, plain = make_mesh(), Sampling(1)
+
+    def measure(params: PyTree, rollout: Rollout, prompts: Array, prompt_mask: Array) -> dict[str, Array]:
+        other = dataclasses.replace(rollout, prompts=prompts, prompt_mask=prompt_mask)
+        own, others = (
+            jnp.sum(completion_logprobs(params, each, policy.config, plain), axis=1) for each in (rollout, other)
+        )
+        lengths = jnp.maximum(jnp.sum(rollout.completion_mask, axis=1), 1)
+        return {FIT: (own - others) / lengths, NATS: -own / lengths}
+
+    mapped, params = pmapped(measure, mesh, (AS_IT_IS, 0, 0, 0), 0), put_model(policy.params, mesh)
+    return lambda index, batch: mapped(params, *batch)
+
+
+def write(
+    settings: Reinforcing, policy: Policy, reference: Policy, task: Task, fit: FitFn, key: Array, stage: str
+) -> Written:
+    """Let a policy complete the held-out prompts, and judge what it wrote.
+
+    Args:
+        settings: of RL, and of the comparison.
+        policy: which writes.
+        reference: the policy before RL.
+        task: the prompts and the judges.
+        fit: from `make_fit`, of the policy before RL.
+        key: of the completions.
+        stage: what the progress is called.
+    """
+    group = settings.compare.completions
+    sampling = dataclasses.replace(make_sampling(settings, policy.ends), group_size=group)
+    sampled = complete(policy, reference, task.prompts.held_out, {}, sampling, key, stage)
+    rollout = sampled.rollout
+    others = (np.roll(x, group, axis=0) for x in (rollout.prompts, rollout.prompt_mask))
+    fits = in_blocks(fit, (rollout, *others), SEQUENCES, f"judge {stage}")
+    turns = turns_of(task.prompts, rollout.prompts, rollout.prompt_mask)
+    parts, judges = (
+        {name: np.asarray(values).reshape(-1, group) for name, values in found.items()}
+        for found in (task.parts(turns, sampled.texts), task.judges(turns, sampled.texts) | fits)
+    )
+    return Written(sampled, parts, judges)
+
+
+def policy_rows(written: Mapping[str, Written], weights: Weights) -> list[dict[str, Any]]:
+    """What is measured of each policy, a row for each, the first being the one before; win rates are over that one.
+
+    Args:
+        written: by the policy's name.
+        weights: of the whole reward.
+    """
+    before, rows = written[BEFORE], []
+    for name, each in written.items():
+        row: dict[str, Any] = {"policy": name}
+        if each is not before:
+            row["wins by the reward"] = win_rate(total(each.parts, weights), total(before.parts, weights))
+            for judge in before.judges:
+                if judge != NATS:  # what surprises less is not the better for it
+                    row[f"wins by {judge}"] = win_rate(each.judges[judge], before.judges[judge])
+        row["reward"] = mean_interval(total(each.parts, weights))
+        row |= {part: mean_interval(values) for part, values in each.parts.items()}
+        row |= {judge: mean_interval(values) for judge, values in each.judges.items()}
+        row["KL, nats"] = mean_interval(np.asarray(each.sampled.kl)) if each is not before else None
+        rollout = each.sampled.rollout
+        lengths = rollout.completion_mask.sum(axis=1)
+        tokens = [ids[:n].tolist() for ids, n in zip(rollout.completions, lengths, strict=True)]
+        row |= {"tokens": float(lengths.mean()), "truncated": float(rollout.truncated.mean())}
+        row["distinct-2"] = distinct_n(tokens, 2)
+        rows.append(row)
+    return rows
+
+
+def by_measure(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The table: a row for each measure of `policy_rows`, a column for each policy."""
+    names = [name for name in rows[-1] if name != "policy"]
+    return [{"measure": name} | {row["policy"]: row.get(name) for row in rows} for name in names]
+
+
+def write_examples(path: Path, task: Task, written: Mapping[str, Written], weights: Weights) -> None:
+    """The first completion of each of the first held-out prompts by every policy, with its reward, and a person's."""
+    turns = turns_of(task.prompts, *(part[:EXAMPLES] for part in task.prompts.held_out))
+    lines = ["# The first completion of each of the first held-out prompts\n"]
+    for number, turn in enumerate(turns):
+        lines.append(f"## {_line(turn.prompt)}\n\n- a person: {_line(turn.next)}")
+        for name, each in written.items():
+            rewards = total(each.parts, weights)
+            text = each.sampled.texts[number * rewards.shape[1]]
+            lines.append(f"- {name} ({rewards[number, 0]:.2f}): {_line(text)}")
+        lines.append("")
+    path.write_text("\n".join(lines), "utf-8")
+
+
+def check(
+    settings: Reinforcing, policy: Policy, task: Task, weights: Weights, dropped: Sequence[str], seed: int
+) -> None:
+    """Raise InputError for settings that cannot work, before anything is tuned."""
+    if wrong := [name for name in dropped if name not in weights]:
+        raise InputError(f"{wrong[0]} is no part of the reward that could be dropped: {', '.join(weights)}.")
+    if not all(map(math.isfinite, weights.values())):
+        raise InputError(f"The weights {weights} are not all finite.")
+    if len(dropped) == len(weights):
+        raise InputError("Every part of the reward is dropped: leave one.")
+    check_reinforcing(settings, policy.config, make_writing_reward(task, weights), task.prompts, policy.tokenizer, seed)
+
+
+def write_up(
+    folder: Path,
+    settings: Reinforcing,
+    policy: Policy,
+    task: Task,
+    weights: Weights,
+    variants: Mapping[str, Variant],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Tune the policy in every variant; write examples and a figure, and give the table.
+
+    Args:
+        folder: of the results; each variant has its metrics and checkpoints in a folder of its own there.
+        settings: of RL.
+        policy: before.
+        task: what is to be written.
+        weights: of the whole reward.
+        variants: by name, the names of the policies that come of them.
+        seed: of everything random.
+    """
+    fit, curves = make_fit(policy), {}
+
+    def writes(some: Policy, number: int, name: str) -> Written:
+        return write(settings, some, policy, task, fit, step_key(seed, Purpose.EVALUATE, number), f"complete {name}")
+
+    written = {BEFORE: writes(policy, 0, BEFORE)}
+    for number, (name, variant) in enumerate(variants.items(), 1):
+        run = folder / name.replace(" ", "_")
+        tuned, curves[name] = tune(settings, policy, task, weights, variant, seed, run)
+        written[name] = writes(tuned, number, name)
+    rows = policy_rows(written, weights)
+    draw_writing(folder / "policies.png", curves, rows, list(weights))
+    write_examples(folder / "examples.md", task, written, weights)
+    return by_measure(rows)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,87 @@
+"""The recipe that continues passages: its openings and the parts of its reward by hand, and itself in miniature."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+from writing_for_tests import SMALL, WORDS, embed_letters, tiny_policy
+
+from experiments.recipes import story as recipe
+from experiments.recipes.writing import Turn
+from rl_jax.errors import InputError
+from rl_jax.rewards.text import sentiment
+
+LONG = "And so the king went down to the sea in the night."  # twelve words
+
+
+def test_an_opening_is_as_few_sentences_as_have_its_words():
+    rest = f"{LONG} He saw a ship."
+    assert recipe.opening_and_rest(f"{LONG} {rest}") == Turn(LONG, rest)
+    assert recipe.opening_and_rest(f"He went. {LONG} {rest}") == Turn(f"He went. {LONG}", rest)
+    assert recipe.opening_and_rest(f"{LONG} {LONG}") is None  # too little follows
+    assert recipe.opening_and_rest(" ".join([LONG[:-1]] * 4) + f". {rest}") is None  # too long an opening
+    assert recipe.opening_and_rest(LONG) is recipe.opening_and_rest("") is None
+
+
+def test_sentences_hang_together_where_they_are_near_and_not_the_same():
+    vectors = {"A b.": [1, 0], "C d.": [0.5, 0.75**0.5], "E f.": [0, 1], "A b": [1, 0]}
+
+    def embed(texts):
+        return np.array([vectors[text] for text in texts], np.float32)
+
+    # Cosines 0.5 in the window, 0.866 beyond it by 0.166 of 0.3, 1 at its end, 0 at the other.
+    beyond = 1 - (0.75**0.5 - 0.7) / 0.3
+    assert recipe.coherence(embed, "E f. A b.", "C d. E f.") == pytest.approx((1 + beyond) / 2, abs=1e-5)
+    assert recipe.coherence(embed, "A b.", "A b. E f.") == pytest.approx(0, abs=1e-5)
+    assert recipe.coherence(embed, "A b.", " ... ") == 0
+
+
+def test_parts_of_the_reward():
+    text = "They were happy and glad. " * 4
+    found = recipe.make_parts(embed_letters, 0.5)([Turn(LONG, "")] * 3, [text, f"{LONG} {LONG}", "war"])
+    assert list(found) == [field.name for field in dataclasses.fields(recipe.Weights)]
+    scores = np.array([sentiment("", x) for x in (text, LONG, "war")])
+    assert scores[0] > 0.8 and scores[1] == 0 and scores[2] < -0.5
+    np.testing.assert_allclose(found["tone"], 1 - np.abs(scores - 0.5) / 2)
+    np.testing.assert_allclose(found["no_repetition"], [5 / 19, 12 / 23, 1])
+    np.testing.assert_allclose(found["no_copying"], [1, 1 / 23, 1])  # night and
+    np.testing.assert_allclose(found["length"], [1, 1, 0])
+    near = recipe.make_judges(embed_letters)([Turn("", "abc")], ["abc"])
+    np.testing.assert_allclose(near["nearness to the passage's"], 1, atol=1e-6)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    passages = [
+        f"The {a} and the {b} were by the way of the hill. And there was a {b} in the place of the {a}, and it "
+        f"was good for the {a} to be there."
+        for a, b in itertools.permutations(WORDS[:6], 2)
+    ]
+    policy = tiny_policy(passages)
+    monkeypatch.setattr(recipe, "read_passages", lambda corpus: passages)
+    monkeypatch.setattr(recipe, "load_policy", lambda place, dtype: policy)
+    monkeypatch.setattr(recipe, "load_encoder", lambda: None)
+    monkeypatch.setattr(recipe, "make_embed", lambda encoder: embed_letters)
+    return recipe.Config(dropped_steps=1, reinforce=SMALL, results=tmp_path / "story")
+
+
+def test_recipe_writes_a_table_a_figure_and_examples(config):
+    recipe.main(config)
+    rows = {row["measure"]: row for row in json.loads((config.results / "table.json").read_text())}
+    assert [*rows["tone"]][1:] == ["before", "after", "without coherence, no_repetition, no_copying"]
+    assert {"coherence", "wins by nearness to the passage's", "wins by fit, nats"} <= set(rows)
+    assert rows["KL, nats"]["after"]["value"] > 0 and rows["truncated"]["before"] > 0.5
+    assert (config.results / "policies.png").read_bytes()[:4] == b"\x89PNG"
+    assert "- a person: And there was a" in (config.results / "examples.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"tone": 1.5}, "tone is 1.5"), ({"dropped": tuple(dataclasses.asdict(recipe.Weights()))}, "Every part")],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(config, change, message):
+    with pytest.raises(InputError, match=message):
+        recipe.main(dataclasses.replace(config, **change))
+    assert not config.results.exists()
