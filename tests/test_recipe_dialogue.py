@@ -9,7 +9,8 @@ import pytest
 from writing_for_tests import SMALL, WORDS, embed_letters, tiny_policy
 
 from experiments.recipes import dialogue as recipe
-from experiments.recipes.writing import Turn
+from experiments.recipes import writing
+from experiments.recipes.writing import Turn, Writing
 from experiments.recipes.writing_parts import word_rarity
 from rl_jax.errors import InputError
 
@@ -28,16 +29,16 @@ def test_a_message_is_the_first_of_its_length_that_is_replied_to():
 def test_parts_of_the_reward():
     rarity = word_rarity(["the cat sat", "the dog sat", "the cat", "the tree"])
     turns = [Turn("The cat sat on the mat.", "")] * 3
-    replies = ["The cat sat on the mat.", "The cat, the cat? The sat and then all of that.", "No"]
+    replies = ["The cat sat on the mat.", "The cat, the cat? The sat and then all of that, so.", "No"]
     found = recipe.make_parts(embed_letters, rarity)(turns, replies)
     assert list(found) == [field.name for field in dataclasses.fields(recipe.Weights)]
     np.testing.assert_allclose(found["relevance"][0], 1, atol=1e-6)
     assert found["relevance"][2] < 0.3
     rare = 1  # of cat and sat; of the, 0; the others are not known
-    np.testing.assert_allclose(found["specificity"], [2 * rare / 6, 3 * rare / 11, 0])
+    np.testing.assert_allclose(found["specificity"], [2 * rare / 6, 3 * rare / 12, 0])
     np.testing.assert_array_equal(found["question"], [0, 1, 0])
-    np.testing.assert_allclose(found["no_repetition"], [1, 1 - 2 / 10, 1])  # the cat and cat the, again
-    np.testing.assert_allclose(found["no_copying"], [0, 1 - 2 / 10, 1])  # the cat, twice
+    np.testing.assert_allclose(found["variety"], [1, 1 - 2 / 11, 1])  # the cat and cat the, again
+    np.testing.assert_allclose(found["originality"], [0, 1 - 2 / 11, 1])  # the cat, twice
     np.testing.assert_allclose(found["length"], [6 / 8, 1, 0])
 
 
@@ -55,28 +56,29 @@ def config(tmp_path, monkeypatch):
     ]
     policy = tiny_policy(conversations)
     monkeypatch.setattr(recipe, "read_passages", lambda corpus: conversations)
-    monkeypatch.setattr(recipe, "load_policy", lambda place, dtype: policy)
+    monkeypatch.setattr(writing, "load_policy", lambda place, dtype: policy)
     monkeypatch.setattr(recipe, "load_encoder", lambda: None)
     monkeypatch.setattr(recipe, "make_embed", lambda encoder: embed_letters)
-    return recipe.Config(instruction="Hi.", dropped_steps=1, reinforce=SMALL, results=tmp_path / "dialogue")
+    settings = Writing(dropped=("originality",), dropped_steps=1, reinforce=SMALL, results=tmp_path / "dialogue")
+    return recipe.Config(instruction="Hi.", writing=settings)
 
 
 def test_recipe_writes_a_table_a_figure_and_examples_and_goes_on_where_it_stopped(config):
     recipe.main(config)
-    folder, name = config.results, "without no_copying"
+    folder, name = config.writing.results, "without originality"
     table = json.loads((folder / "table.json").read_text())
     rows = {row["measure"]: row for row in table}
     for side in ("after", name):
         assert 0 <= rows["wins by the reward"][side]["value"] <= 1 and rows["KL, nats"][side]["value"] > 0
-    assert {"wins by nearness to the person's", "wins by VADER", "wins by fit, nats", "no_copying"} <= set(rows)
-    assert rows["no_copying"]["before"]["value"] > 0.5 and rows["wins by VADER"]["before"] is None
+    assert {"wins by nearness to the person's", "wins by VADER", "wins by fit, nats", "originality"} <= set(rows)
+    assert rows["originality"]["before"]["value"] > 0.5 and rows["wins by VADER"]["before"] is None
     assert (folder / "policies.png").read_bytes()[:4] == b"\x89PNG"
     assert (folder / "examples.md").read_text().count("\n## ") == 8
-    metrics = [json.loads(line) for line in (folder / "without_no_copying/metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (folder / "warning/metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 1 and metrics[0]["gold"] != metrics[0]["reward"]
     with pytest.raises(InputError, match="exists"):
         recipe.main(config)
-    recipe.main(dataclasses.replace(config, resume=True))
+    recipe.main(dataclasses.replace(config, writing=dataclasses.replace(config.writing, resume=True)))
     assert json.loads((folder / "table.json").read_text()) == table
 
 
@@ -84,12 +86,20 @@ def test_recipe_writes_a_table_a_figure_and_examples_and_goes_on_where_it_stoppe
     ("change", "message"),
     [
         ({"dropped": ("charm",)}, "charm is no part"),
+        ({"dropped": tuple(dataclasses.asdict(recipe.Weights()))}, "drop some"),
+        ({"dropped": ()}, "drop some"),
+        ({"dropped_steps": 0}, "dropped_steps is 0"),
         ({"seed": -1}, "The seed is -1"),
-        ({"weights": recipe.Weights(length=float("nan"))}, "not all finite"),
+        ({"reinforce": dataclasses.replace(SMALL, as_chat=True)}, "as_chat has no effect"),
         ({"reinforce": dataclasses.replace(SMALL, prompts=24)}, "need 32"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_is_written(config, change, message):
     with pytest.raises(InputError, match=message):
-        recipe.main(dataclasses.replace(config, **change))
-    assert not config.results.exists()
+        recipe.main(dataclasses.replace(config, writing=dataclasses.replace(config.writing, **change)))
+    assert not config.writing.results.exists()
+
+
+def test_weights_that_are_no_numbers_are_refused(config):
+    with pytest.raises(InputError, match="not all finite"):
+        recipe.main(dataclasses.replace(config, weights=recipe.Weights(length=float("nan"))))

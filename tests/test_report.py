@@ -282,6 +282,16 @@ def test_pretraining_alone(folder):
     assert page.tags.count("svg") == 3
 
 
+def test_headlines_of_a_given_model_and_of_fine_tuning():
+    held_out = {"held_out_loss": 3.22, "held_out_perplexity": 25.1, "held_out_bits_per_byte": 1.19}
+    summary = held_out | {f"{name}_before": value + 1 for name, value in held_out.items()}
+    line = report_sections.headline(summary, {"pretrain": []})
+    assert line.endswith("3.22 nats a token (perplexity 25.1, 1.19 bits a byte; 2.19 before this run).")
+    summary = {"finetune": {"held_out_loss_before": 6.5, "held_out_loss": 5.25}}
+    expected = "Fine-tuning moved the held-out loss of completions from 6.50 to 5.25 nats a token."
+    assert report_sections.headline(summary, {"finetune": [{"step": 3}]}) == expected
+
+
 def test_reinforcement_learning_alone(folder):
     write(folder, "summary.json", {name: value for name, value in SUMMARY.items() if not name.startswith("held_out")})
     write_metrics(folder, RL)

@@ -96,13 +96,6 @@ def test_a_reward_is_the_weighted_sum_of_its_parts(policy):
     assert score_text(reward.on_text, "seen by nobody", "cat", Turn("a cat", "")._asdict()) == 2 * 3 + 0.5 * 3
     assert reward.name == "2 shared + 0.5 long" and reward.rows is task.prompts.rows
     assert writing.make_writing_reward(task, {"long": 1}).on_text("", "cat", TURNS[0]._asdict()) == 3
-    for weights, dropped, message in (
-        ({"shared": 1.0}, ("short",), "short is no part"),
-        ({"shared": 1.0}, ("shared",), "Every part"),
-        ({"shared": np.inf}, (), "not all finite"),
-    ):
-        with pytest.raises(InputError, match=message):
-            writing.check(settings, policy, task, weights, dropped, 0)
 
 
 def test_the_policy_before_says_how_well_a_completion_fits(policy):

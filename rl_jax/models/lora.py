@@ -34,7 +34,7 @@ class LoRA:
     """Rank of the adapters, such as 8; 0 trains the model's own parameters. Adapters want about ten times the learning
     rate."""
     alpha: float | None = None
-    """What adapters are multiplied by, times their rank; None is twice the rank."""
+    """The product of an adapter's matrices is multiplied by alpha / rank; None is twice the rank."""
     targets: tuple[str, ...] = (ALL,)
     """Layers that get adapters: query, key, value, out, gate, up, down, or all of them."""
 
@@ -72,8 +72,8 @@ class Tuning(NamedTuple):
 def make_tuning(settings: LoRA, config: TransformerConfig) -> Tuning:
     """All of a model is trained, or adapters are.
 
-    Sampling reads matrices once a token, and adapters beside them take longer than they cost: they are added to the
-    matrices first, but in bfloat16, whose rounding would swallow them.
+    Sampling goes through the matrices once a token, so adapters are added to them first, once for a whole batch; but in
+    bfloat16, whose rounding would swallow them.
     """
 
     def trained_alone(base: PyTree, trained: PyTree) -> PyTree:
@@ -129,14 +129,15 @@ def init_adapters(key: Array, config: TransformerConfig, rank: int, targets: Seq
 
 def with_adapters(base: PyTree, adapters: PyTree, scale: float) -> PyTree:
     """Parameters of the model with adapters beside its kernels, A times `scale`; what else is given, beside them."""
-    flat = flatten_dict(adapters)
+    flat: dict[Layer, Any] = flatten_dict(adapters)
     scaled = {path: scale * x if path[-1] == "lora_a" else x for path, x in flat.items()}
     return unflatten_dict(flatten_dict(base) | scaled)
 
 
 def merge_adapters(base: PyTree, adapters: PyTree, scale: float) -> PyTree:
     """Parameters of the model with adapters added to its kernels, W + scale A B; what else is given, beside them."""
-    flat, others = dict(flatten_dict(base)), dict(flatten_dict(adapters))
+    flat: dict[Layer, Any] = flatten_dict(base)
+    others: dict[Layer, Any] = flatten_dict(adapters)
     for layer in [path[:-1] for path in others if path[-1] == "lora_a"]:
         low, high = (others.pop((*layer, name)) for name in ("lora_a", "lora_b"))
         flat[*layer, "kernel"] += scale * jnp.matmul(low, high, precision="highest")

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from rl_jax.errors import InputError
 from rl_jax.models.families import family
-from rl_jax.models.huggingface import reading
 from rl_jax.models.lora import Layer, LoRA, adaptable_layers
+from rl_jax.models.shards import reading
 from rl_jax.models.tensors import GPT2_LAYER, LLAMA_LAYER, read_tensor
 from rl_jax.models.transformer import TransformerConfig
 from rl_jax.run.processes import is_first
@@ -151,7 +151,7 @@ def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
         if not re.fullmatch(r"[\w.]+", name):
             raise InputError(f"alpha_pattern has {name!r}: patterns are not supported there, only names of modules.")
     own = (alpha for name, alpha in patterns.items() if f".{module}".endswith(f".{name}"))
-    alpha = next(own, settings.get("lora_alpha"))
+    alpha: Any = next(own, settings.get("lora_alpha"))
     if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
         raise InputError(f"The adapters' alpha is {reprlib.repr(alpha)}; it must be a positive number.")
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)

@@ -61,6 +61,7 @@ MEASURES = {
     "bits_before": Measure("Held-out bits", "bits a byte, of the given model", "held_out_bits_per_byte_before", ""),
 }
 
+FINETUNED = Measure("Fine-tuning", "nats a token", "held_out_loss_before", "held_out_loss")  # in "finetune"
 ACCURACY = Measure("Reward model", "of held-out pairs", "", "pair_accuracy", True)  # in the summary's "reward_model"
 
 HACKING = (
@@ -126,7 +127,11 @@ def measured(summary: dict[str, Any], measure: Measure) -> Cells:
 
 def reward_model(summary: dict[str, Any]) -> dict[str, Any]:
     """What the summary says of the reward model, {} where it has none."""
-    about = summary.get("reward_model")
+    return _part(summary, "reward_model")
+
+
+def _part(summary: dict[str, Any], name: str) -> dict[str, Any]:
+    about = summary.get(name)
     return about if isinstance(about, dict) else {}
 
 
@@ -145,6 +150,10 @@ def headline(summary: dict[str, Any], metrics: dict[str, Rows]) -> str:
         if cells["bits_before"].before != MISSING:
             also += f"; {cells['bits_before'].before} before this run"
         sentences.append(f"The pretrained model has a held-out loss of {loss} nats a token ({also}).")
+    finetuned = measured(_part(summary, "finetune"), FINETUNED)
+    if finetuned.change:
+        moved = f"from {finetuned.before} to {finetuned.after} nats a token"
+        sentences.append(f"Fine-tuning moved the held-out loss of completions {moved}.")
     accuracy = measured(reward_model(summary), ACCURACY)
     if accuracy.after != MISSING:
         between = f" ({accuracy.after_interval})" if accuracy.after_interval else ""
