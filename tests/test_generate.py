@@ -15,7 +15,7 @@ from rl_jax.data.conversations import make_render
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
 from rl_jax.models.huggingface import Policy, save_policy
-from rl_jax.models.transformer import gpt2, init_params, llama
+from rl_jax.models.transformer import init_params, llama
 from rl_jax.rollout import generate as generate_plainly
 from rl_jax.rollout import sequence_uniforms
 from rl_jax.run.spmd import make_mesh
@@ -31,9 +31,8 @@ TOKENIZER = train_tokenizer(["the cat sat on the mat, the cat sat"] * 2, 264)
 TOKENIZER.chat_template = TEMPLATE
 VOCAB = 300  # more than the tokenizer's: the others are never to be sampled
 CONFIGS = {
-    "llama": llama(VOCAB, 128, 2, 16, 2),
+    "llama": llama(VOCAB, 128, 1, 16, 2),
     "windows": llama(VOCAB, 128, 2, 16, 2, windows=(5, 0)),
-    "gpt2": gpt2(VOCAB, 40, 1, 16, 2),
 }
 
 
@@ -80,15 +79,13 @@ def test_a_stream_samples_what_generate_does(name, monkeypatch):
     policy = make_policy(name, len(TOKENIZER))
     sampling = Sampling(7, temperature=0.9, top_p=0.99, eos=tuple(range(0, 264, 9)))
     stream, memory = make_stream(policy, policy.params, sampling, 40, make_mesh(jax.devices()[:1]))
-    prompt, lengths = np.random.default_rng(0).integers(6, 264, 33).tolist(), set()
-    for seed, ids in enumerate([prompt[:5], prompt, prompt[:12], [9, *prompt[:8]], prompt[:1]]):
+    prompt = np.random.default_rng(0).integers(6, 264, 33).tolist()
+    for seed, ids in enumerate([prompt[:5], prompt, [9, *prompt[:8]]]):
         key = jax.random.key(seed)
         uniforms = np.asarray(sequence_uniforms(key, jnp.zeros(1, int), sampling))[0]
         tokens, memory = streamed(stream, memory, ids, uniforms)
         assert tokens == generated(policy, (policy.config, sampling), key, ids)
         assert memory.tokens == (*ids, *tokens[:-1])
-        lengths.add(len(tokens))
-    assert len(lengths) > 1
 
 
 def test_tokens_that_the_tokenizer_lacks_are_never_sampled():

@@ -15,7 +15,7 @@ from rl_jax.errors import InputError
 from rl_jax.learner import init_state
 from rl_jax.models.layout import model_axes, put_model, put_shared
 from rl_jax.models.lora import LoRA, check_lora, init_adapters, make_tuning, merge_adapters, with_adapters
-from rl_jax.models.transformer import gpt2, hidden_states, init_params, llama
+from rl_jax.models.transformer import gpt2, hidden_states, init_params, llama, values
 from rl_jax.reinforce.estimators import ESTIMATORS
 from rl_jax.rollout import compute_params
 from rl_jax.run.spmd import AS_IT_IS, make_mesh, pmapped
@@ -78,6 +78,14 @@ def test_adapters_begin_with_the_base_exactly():
             assert x.shape == (4, kernel.shape[1]) and not jnp.any(x)
     lows = [x.ravel()[:8] for x in jax.tree.leaves(adapters) if jnp.any(x)]
     assert len(np.unique(np.stack(lows), axis=0)) == len(lows) == 7
+
+
+def test_what_else_is_trained_stands_beside_them():
+    base, head = init(jax.random.key(1), CONFIG), {"kernel": jnp.ones((32, 1)), "bias": jnp.ones(1)}
+    trained = {**random_adapters(), "value_head": head}
+    for whole in (with_adapters(base, trained, 2.0), merge_adapters(base, trained, 2.0)):
+        assert set(whole) == {*base, "value_head"}
+        np.testing.assert_array_equal(values(whole, jnp.ones((2, 32))), [33.0, 33.0])
 
 
 @pytest.mark.parametrize("targets", [("query", "value"), ("down",), NAMES, ("all",)])

@@ -62,8 +62,8 @@ def rows_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("noise_every", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_reinforcement_writes_the_policy_and_its_adapters_and_resumes(noise_every, policy, tmp_path):
+@pytest.mark.parametrize(("estimator", "noise_every"), [("rloo", 0), pytest.param("ppo", 2, marks=pytest.mark.slow)])
+def test_reinforcement_writes_the_policy_and_its_adapters_and_resumes(estimator, noise_every, policy, tmp_path):
     (tmp_path / "texts.txt").write_text("\n\n".join(f"{word} abab abab abab" for word in map(str, range(400))))
     rl = Reinforcing(
         prompts=8,
@@ -73,7 +73,7 @@ def test_reinforcement_writes_the_policy_and_its_adapters_and_resumes(noise_ever
         steps=4,
         learning_rate=0.05,
         checkpoint_every=2,
-        estimator="ppo",
+        estimator=estimator,
         noise_every=noise_every,
         compare=Comparing(prompts=4),
         lora=ADAPTED,
@@ -82,7 +82,7 @@ def test_reinforcement_writes_the_policy_and_its_adapters_and_resumes(noise_ever
     reinforce.main(settings)
     check_adapters(policy, settings.run)
     assert max(row["logprob_gap"] for row in rows_of(settings.run)) < 1e-5
-    assert all(np.isfinite(row["value_loss"]) for row in rows_of(settings.run))
+    assert all(np.isfinite(row["value_loss"]) for row in rows_of(settings.run) if estimator == "ppo")
     weights = settings.run / "adapters/adapter_model.safetensors"
     found, tuned = load_file(weights), load_policy(settings.run / "policy").params
     for part in ("checkpoints/rl/4", "policy", "adapters"):

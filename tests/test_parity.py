@@ -25,6 +25,8 @@ from transformers import (
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.models.config import gpt2, llama
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
+from rl_jax.models.lora import LoRA, init_adapters, merge_adapters, with_adapters
+from rl_jax.models.peft import load_adapters, save_adapters
 from rl_jax.models.reward_model import (
     RewardModel,
     init_reward_params,
@@ -40,9 +42,10 @@ from rl_jax.sampling import Sampling
 from rl_jax.slots import generate_in_slots
 
 if "RL_JAX_REQUIRE_PARITY" in os.environ:
+    import peft
     import torch
 else:
-    torch = pytest.importorskip("torch")
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
 
 VOCAB = 260
 LLAMA_SHAPE = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 80}
@@ -136,6 +139,16 @@ def assert_agree(policy, model):
     assert np.std(theirs) > 0.5
 
 
+def filled(config):
+    """Parameters none of which is left at 0 or 1."""
+    rng = np.random.default_rng(1)
+
+    def fill(path, x):
+        return rng.normal(path[-1].key == "scale", 0.2, x.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(lambda: init_params(jax.random.key(0), config)))
+
+
 def random_model(settings, dtype=torch.float32):
     """A model none of whose parameters is left at 0 or 1."""
     torch.manual_seed(0)
@@ -183,14 +196,7 @@ def test_greedy_completions_are_theirs(settings, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", OURS)
 def test_ours_read_there(name, tokenizer, tmp_path):
-    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), OURS[name]))
-    rng = np.random.default_rng(1)
-
-    def fill(path, shape):
-        return rng.normal(path[-1].key == "scale", 0.2, shape.shape).astype(np.float32)
-
-    params = jax.tree_util.tree_map_with_path(fill, shapes)
-    policy = Policy(params, OURS[name], tokenizer)
+    policy = Policy(filled(OURS[name]), OURS[name], tokenizer)
     save_policy(tmp_path, policy)
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
@@ -230,3 +236,44 @@ def test_transformers_reads_our_reward_model(name, tokenizer, tmp_path):
     loss = bradley_terry_loss(jnp.asarray(ours[None, :2]), jnp.array([[1.0, 0.0]]), jnp.array([0.2]))
     expected = -torch.nn.functional.logsigmoid(torch.tensor(theirs[0] - theirs[1] - 0.2))
     np.testing.assert_allclose(loss[0], expected.item(), rtol=1e-4)
+
+
+ADAPTED = {"llama": ["q_proj", "v_proj", "down_proj"], "qwen3": ["o_proj"], "gpt2": ["c_attn", "c_proj", "c_fc"]}
+
+
+@pytest.mark.parametrize("targets", [("all",), ("value", "query", "down")])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+def test_peft_reads_our_adapters(name, targets, tokenizer, tmp_path):
+    base, settings = Policy(filled(OURS[name]), OURS[name], tokenizer), LoRA(3, alpha=4.5, targets=targets)
+    rng = np.random.default_rng(2)
+    adapters = init_adapters(jax.random.key(0), base.config, settings.rank, targets)
+    adapters = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), adapters)
+    save_policy(tmp_path / "base", base)
+    save_adapters(tmp_path / "adapters", adapters, settings, base.config, str(tmp_path / "base"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    plain = their_logits(model)
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "adapters")
+    assert_agree(base._replace(params=with_adapters(base.params, adapters, settings.scale)), model)
+    assert np.max(np.abs(their_logits(model) - plain)) > 0.1
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("name", list(ADAPTED))
+def test_adapters_of_peft_are_read(name, rslora, tokenizer, tmp_path):
+    base = Policy(filled(OURS[name]), OURS[name], tokenizer)
+    save_policy(tmp_path / "base", base)
+    torch.manual_seed(0)
+    patterns = {"alpha_pattern": {"mlp.c_proj": 3}, "rank_pattern": {"mlp.c_proj": 2}} if name == "gpt2" else {}
+    settings = peft.LoraConfig(
+        r=4,
+        lora_alpha=7,
+        target_modules=ADAPTED[name],
+        use_rslora=rslora,
+        init_lora_weights=False,
+        fan_in_fan_out=name == "gpt2",
+        **patterns,
+    )
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), settings)
+    model.save_pretrained(tmp_path / "adapters")
+    adapters = load_adapters(tmp_path / "adapters", base.config)
+    assert_agree(base._replace(params=merge_adapters(base.params, adapters, 1.0)), model)

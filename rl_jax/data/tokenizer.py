@@ -123,6 +123,23 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     return encoded
 
 
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text that begins a sequence: the beginning-of-sequence token, or nothing."""
+    plain, special = (tokenizer(TRIAL, add_special_tokens=add)["input_ids"] for add in (False, True))
+    places = range(len(special) - len(plain) + 1)
+    return special[: next((n for n in places if special[n : n + len(plain)] == plain), 0)]
+
+
+def encode_openings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    """As `encode_texts`, of texts that begin a sequence: those that do not begin with `leading_tokens` get them."""
+    first = leading_tokens(tokenizer)
+
+    def opened(ids: np.ndarray) -> np.ndarray:
+        return ids if not len(ids) or ids[: len(first)].tolist() == first else np.array([*first, *ids], np.int32)
+
+    return [opened(ids) for ids in encode_texts(tokenizer, texts)]
+
+
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """One string a token, whose concatenation is the decoded text.
 

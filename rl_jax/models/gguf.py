@@ -39,6 +39,7 @@ LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+FREQUENCIES = "rope_freqs.weight"
 FAMILIES = ("llama", "qwen2", "qwen3")
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 WORDS = (
@@ -82,20 +83,19 @@ def read_gguf(path: Path) -> Gguf:
         values = gguf.dequantize(stored[name].data, stored[name].tensor_type).reshape(shapes[name])
         return values.astype(np.float32, copy=False)
 
-    factors = read("rope_freqs.weight") if "rope_freqs.weight" in stored else None
+    factors = read(FREQUENCIES) if FREQUENCIES in stored else None
     settings = _settings(metadata, shapes, factors)
+    kind = settings["model_type"]
     heads = {"attn_q": settings["num_attention_heads"], "attn_k": settings["num_key_value_heads"]}
 
     def reader_of(name: str) -> Any:
         part = name.split(".")[-2]
-        if settings["model_type"] == "llama" and part in heads:
+        if kind == "llama" and part in heads:
             return lambda: _halves_apart(read(name), heads[part])
         return lambda: read(name)
 
-    kind = settings["model_type"]
-    return Gguf(
-        metadata, settings, Stored({_name(name, kind): reader_of(name) for name in stored if "rope" not in name})
-    )
+    readers = {_name(name, kind): reader_of(name) for name in stored if name != FREQUENCIES}
+    return Gguf(metadata, settings, Stored(readers))
 
 
 def _settings(
