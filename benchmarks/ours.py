@@ -21,7 +21,8 @@ from experiments.mapped import make_generate, make_learning, make_update, prompt
 from experiments.options import EstimatorOptions, chosen_estimator
 from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
-from rl_jax.models.transformer import TransformerConfig, gpt2, init_params, llama
+from rl_jax.models.config import TransformerConfig, gpt2, llama
+from rl_jax.models.transformer import init_params
 from rl_jax.pretraining import pretrain_gradient
 from rl_jax.rollout import generate as sample
 from rl_jax.run.memory import keep_freed_memory

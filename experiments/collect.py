@@ -11,7 +11,7 @@ from experiments.judge import Failures, KeepFn, tell_failures, text_rewards
 from experiments.mapped import make_generate, prompt_indices
 from rl_jax.data.prompts import prompt_batch
 from rl_jax.keys import Purpose, step_key
-from rl_jax.models.transformer import TransformerConfig
+from rl_jax.models.config import TransformerConfig
 from rl_jax.reinforce.advantages import zero_signal_groups
 from rl_jax.rewards.compose import Reward
 from rl_jax.rollout import refill_groups

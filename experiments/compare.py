@@ -17,7 +17,7 @@ from rl_jax.data.tokenizer import token_pieces
 from rl_jax.evaluation import distinct_n, mean_interval, win_rate
 from rl_jax.keys import Purpose, step_key
 from rl_jax.models.huggingface import Policy
-from rl_jax.models.layout import put_model
+from rl_jax.models.layout import put_unchanged
 from rl_jax.reinforce.advantages import leave_one_out_advantages
 from rl_jax.reinforce.gradient import Scores
 from rl_jax.rewards.compose import Reward
@@ -100,7 +100,7 @@ def compare(
         return rollout, scores, completion_logprobs(ref, rollout, config, tempered), ref_nats
 
     mapped_measure = pmapped(measure, mesh, (AS_IT_IS, AS_IT_IS, AS_IT_IS, None, 0, 0, 0), 0)
-    params = {"before": put_model(pretrained.params, mesh), "after": put_model(tuned.params, mesh)}
+    params = {"before": put_unchanged(pretrained.params, mesh), "after": put_unchanged(tuned.params, mesh)}
     keys = {side: step_key(seed, Purpose.EVALUATE, number) for number, side in enumerate(params)}
 
     def complete(side: str, judges: Sequence[JudgeFn]) -> Side:

@@ -11,9 +11,9 @@ import numpy as np
 from experiments.judge import JudgeFn
 from experiments.mapped import make_generate
 from rl_jax.data.prompts import decode_completions
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.huggingface import Policy
-from rl_jax.models.layout import put_model
-from rl_jax.models.transformer import TransformerConfig
+from rl_jax.models.layout import put_unchanged
 from rl_jax.run.progress import show_progress
 from rl_jax.run.spmd import AS_IT_IS, batch_parts, fetch, make_mesh, pmapped
 from rl_jax.sampling import Sampling, untruncated
@@ -116,7 +116,7 @@ def complete(
     """
     mesh, shape = make_mesh(), (len(prompts[0]), sampling.group_size)
     sample = make_block_sampler(policy.config, sampling, reference is not None)
-    params, ref_params = (put_model(model.params, mesh) if model else () for model in (policy, reference))
+    params, ref_params = (put_unchanged(model.params, mesh) if model else () for model in (policy, reference))
 
     def block(index: np.ndarray, prompts: tuple[np.ndarray, np.ndarray]) -> PyTree:
         rollout, *divergences = sample(params, ref_params, key, index, *prompts)

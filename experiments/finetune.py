@@ -28,7 +28,7 @@ from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
-from rl_jax.models.layout import model_axes, put_model
+from rl_jax.models.layout import model_axes, put_model, put_unchanged
 from rl_jax.models.lora import LoRA, check_lora, make_tuning
 from rl_jax.models.peft import save_adapters
 from rl_jax.pretraining import completion_nats, finetune_gradient
@@ -156,7 +156,7 @@ def finetune(
     def finetune_evaluate(params: PyTree, base: PyTree, batch: PreferenceBatch) -> Array:
         return completion_nats(tuning.whole(base, params), batch, config)
 
-    base = put_model(tuning.base(policy.params), mesh)
+    base = put_unchanged(tuning.base(policy.params), mesh)
     params = put_model(tuning.begin(step_key(seed, Purpose.INIT, 1), policy.params), mesh)
     state = put_model(init_state(params, optimizer, kl_coefficient=0.0), mesh)
     axes = model_axes(state, mesh)
@@ -195,7 +195,7 @@ def finetune(
     close_checkpoints(checkpoints)
     after = float(held_out_loss(state.params, rows.held_out))
     if settings.lora.rank:
-        save_adapters(run / "adapters", state.params, settings.lora, config, str(policy.tokenizer.name_or_path))
+        save_adapters(run / "adapters", state.params, settings.lora, config, policy.place)
     return policy._replace(params=tuning.merged(policy.params, state.params)), {
         "train_rows": len(rows.train.prompts),
         "held_out_rows": len(rows.held_out.prompts),

@@ -10,7 +10,7 @@ import numpy as np
 from rl_jax.data.prompt_rows import find_rows
 from rl_jax.data.prompts import decode_completions
 from rl_jax.errors import InputError
-from rl_jax.models.layout import put_model
+from rl_jax.models.layout import put_unchanged
 from rl_jax.rewards.compose import Reward
 from rl_jax.rewards.text import raise_failure, score_texts
 from rl_jax.run.loop import RewardFailed
@@ -112,7 +112,7 @@ def make_late_judge(reward: Reward, tokenizer: Any) -> Callable[[Rollout, Failur
     """As `make_judge`, but what it gives is called for the rewards: until then only the device is at work."""
     mesh = make_mesh()
     on_tokens = None if reward.on_tokens is None else pmapped(reward.on_tokens, mesh, (AS_IT_IS, 0), 0)
-    params = put_model(reward.params, mesh)
+    params = put_unchanged(reward.params, mesh)
 
     def start(rollout: Rollout, failures: Failures) -> Callable[[], np.ndarray]:
         rewards = 0.0 if on_tokens is None else on_tokens(params, rollout)

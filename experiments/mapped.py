@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 
 from rl_jax.learner import policy_gradient_update
 from rl_jax.microbatch import Part, SumParts, sum_over_microbatches
-from rl_jax.models.transformer import TransformerConfig
+from rl_jax.models.config import TransformerConfig
 from rl_jax.packing import choose_packing, sum_over_rows
 from rl_jax.pretraining import SumMicrobatches
 from rl_jax.reinforce.composition import Estimator

@@ -38,10 +38,10 @@ from experiments.rounds import Preferring, make_learn, prepare
 from experiments.train_reward import Learning
 from rl_jax.data.tokenizer import save_tokenizer
 from rl_jax.errors import InputError
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.huggingface import save_policy
 from rl_jax.models.lora import check_lora
 from rl_jax.models.reward_model import RewardModel
-from rl_jax.models.transformer import TransformerConfig
 from rl_jax.rewards.compose import Reward, RewardConfig, make_reward
 from rl_jax.run.folder import check_run, open_run, write_json
 from rl_jax.run.loop import run_main
@@ -99,12 +99,12 @@ def main(config: Config) -> None:
     writer = open_metrics(run)
     with timed(seconds, "pretrain"), report_if_stopped(run):
         policy, summary = pretrain(config.pretrain, text, seed, run, writer, base)
-    save_policy(run / "pretrained", policy)
+    policy = policy._replace(place=save_policy(run / "pretrained", policy))
     write_json(run / "summary.json", summary)  # for the report of a run that stops after this
     if demonstrations is not None:
         with timed(seconds, "finetune"), report_if_stopped(run):
             policy, measured = finetune(config.finetune, policy, demonstrations, seed, run, writer)
-        save_policy(run / "finetuned", policy)
+        policy = policy._replace(place=save_policy(run / "finetuned", policy))
         summary |= {"finetune": measured}
     learn, rounds = None, config.preferences.rounds
     if is_learned_here(config):

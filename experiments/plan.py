@@ -43,7 +43,8 @@ from experiments.programs import (
     update_program,
 )
 from rl_jax.errors import InputError
-from rl_jax.models.transformer import TransformerConfig, init_params, llama
+from rl_jax.models.config import TransformerConfig, llama
+from rl_jax.models.transformer import init_params
 from rl_jax.run.loop import run_main
 from rl_jax.run.spmd import AXES, batch_parts, make_mesh, parse_mesh
 from rl_jax.run.tables import open_results, write_table

@@ -28,9 +28,10 @@ from rl_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenize
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
+from rl_jax.models.config import TransformerConfig, gpt2, llama
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
 from rl_jax.models.layout import model_axes, put_model
-from rl_jax.models.transformer import TransformerConfig, gpt2, init_params, llama
+from rl_jax.models.transformer import init_params
 from rl_jax.pretraining import held_out_nats, pretrain_gradient
 from rl_jax.run.checkpoint import close_checkpoints, open_checkpoints, restore_checkpoint
 from rl_jax.run.folder import check_run, open_run

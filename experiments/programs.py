@@ -21,8 +21,9 @@ from experiments.mapped import (
 from experiments.options import EstimatorOptions, chosen_estimator
 from rl_jax.errors import InputError
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.layout import model_axes
-from rl_jax.models.transformer import TransformerConfig, init_params
+from rl_jax.models.transformer import init_params
 from rl_jax.packing import Packing, choose_packing
 from rl_jax.pretraining import pretrain_gradient
 from rl_jax.run.spmd import BATCH, batch_parts, pmapped

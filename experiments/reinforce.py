@@ -46,7 +46,7 @@ from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import init_state, make_optimizer
 from rl_jax.microbatch import sum_over_whole
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
-from rl_jax.models.layout import model_axes, put_model, put_shared
+from rl_jax.models.layout import model_axes, put_model, put_shared, put_unchanged
 from rl_jax.models.lora import make_tuning
 from rl_jax.models.peft import save_adapters
 from rl_jax.models.transformer import add_value_head
@@ -184,8 +184,8 @@ def reinforce(
         seed=seed,
         keep=writer.keep,
     )
-    put_reference = put_shared if settings.reference == "shared" else put_model
-    ref_params = put_reference(compute_params(policy.params, config), mesh)  # a reference is never changed
+    reference = compute_params(policy.params, config)  # which is never changed, so that one copy of it serves
+    ref_params = (put_shared if settings.reference == "shared" else put_unchanged)(reference, mesh)
     reward_params = {1: put_model(reward.params, mesh)}
     own, gold_metrics = rows_here(settings.prompts, mesh), None
     if gold is not None:
@@ -194,8 +194,8 @@ def reinforce(
             judges = {
                 name: make_judge(each, tokenizer, failures) for name, each in (("reward", reward), ("gold", gold))
             }
-            reference = complete(policy, None, prompts.held_out, judges, sampling, key, "reference").rewards
-        gold_metrics = make_gold_metrics(gold, tokenizer, reference["gold"], reference["reward"], writer.keep)
+            before = complete(policy, None, prompts.held_out, judges, sampling, key, "reference").rewards
+        gold_metrics = make_gold_metrics(gold, tokenizer, before["gold"], before["reward"], writer.keep)
 
     def tuned(state: TrainState) -> PyTree:
         return tuning.merged(policy.params, state.params)
@@ -240,7 +240,7 @@ def reinforce(
     )
     close_checkpoints(checkpoints)
     if settings.lora.rank:
-        save_adapters(run / "adapters", state.params, settings.lora, config, str(policy.tokenizer.name_or_path))
+        save_adapters(run / "adapters", state.params, settings.lora, config, policy.place)
     return policy._replace(params=tuned(state))
 
 

@@ -26,8 +26,8 @@ from rl_jax.data.prompt_rows import (
 from rl_jax.data.prompts import decode_completions, passage_openings
 from rl_jax.errors import InputError
 from rl_jax.keys import check_seed
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.lora import LoRA, check_lora
-from rl_jax.models.transformer import TransformerConfig
 from rl_jax.reinforce.estimators import ESTIMATORS
 from rl_jax.rewards.compose import Reward, RewardConfig, make_reward, try_text_reward
 from rl_jax.rollout import check_lengths

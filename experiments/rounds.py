@@ -16,9 +16,9 @@ from experiments.reinforcing import Prompts
 from experiments.train_reward import Learning, check, train_reward
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, step_key
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.huggingface import Policy
 from rl_jax.models.reward_model import RewardModel, save_reward_model
-from rl_jax.models.transformer import TransformerConfig
 from rl_jax.rewards.compose import Reward
 from rl_jax.run.metrics import MetricsWriter
 from rl_jax.run.processes import is_first, wait_for_all

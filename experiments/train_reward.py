@@ -32,8 +32,9 @@ from rl_jax.data.preferences import padded_batches, preference_batch
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.learner import make_optimizer
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.huggingface import Policy, load_policy
-from rl_jax.models.layout import model_axes, put_model
+from rl_jax.models.layout import model_axes, put_model, put_unchanged
 from rl_jax.models.lora import LoRA, check_lora, make_tuning
 from rl_jax.models.reward_model import (
     RewardModel,
@@ -43,7 +44,6 @@ from rl_jax.models.reward_model import (
     normalize,
     save_reward_model,
 )
-from rl_jax.models.transformer import TransformerConfig
 from rl_jax.preferences.diagnostics import pair_accuracy
 from rl_jax.preferences.learning import JudgedLoss, ensemble_update, init_ensemble_state
 from rl_jax.preferences.losses import bradley_terry_loss, centring_penalty, plackett_luce_loss, rating_loss
@@ -214,7 +214,7 @@ def fit(
         trained = tuning.begin(step_key(seed, Purpose.INIT, 1 + number), backbone)
         return init_reward_params(step_key(seed, Purpose.HEAD, number), trained, config)
 
-    base = put_model(tuning.base(backbone), mesh)
+    base = put_unchanged(tuning.base(backbone), mesh)
     params = jax.vmap(init_member)(jnp.arange(len(parts)))
     state = put_model(init_ensemble_state(params, optimizer), mesh)
     axes = model_axes(state, mesh)

@@ -12,8 +12,9 @@ from jax.tree_util import Partial
 
 from rl_jax.masked import masked_sum
 from rl_jax.microbatch import Part, sum_over_microbatches
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.lora import WholeFn, itself
-from rl_jax.models.transformer import TransformerConfig, hidden_states
+from rl_jax.models.transformer import hidden_states
 from rl_jax.reinforce.objectives import token_weights
 from rl_jax.sampling import Sampling
 from rl_jax.scoring import completion_logprobs, token_scores

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from rl_jax.errors import InputError
-from rl_jax.models.transformer import Cache, TransformerConfig, decode_step, logits, prefill
+from rl_jax.models.config import TransformerConfig
+from rl_jax.models.transformer import Cache, decode_step, logits, prefill
 from rl_jax.sampling import Sampling, draw, is_greedy, warp_logits
 from rl_jax.types import Array, PyTree, Rollout
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from rl_jax.models.transformer import TransformerConfig, hidden_states, logits, seen_states, values
+from rl_jax.models.config import TransformerConfig
+from rl_jax.models.transformer import hidden_states, logits, seen_states, values
 from rl_jax.packing import Packing, Rows, by_group, from_rows, pack, sum_over_rows, to_rows
 from rl_jax.reinforce.distributions import entropy, exact_kl, token_logprobs
 from rl_jax.reinforce.gradient import ScoreFn, Scores

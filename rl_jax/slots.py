@@ -14,8 +14,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.ring import Pairs, Ring, empty_ring, ring_step, take_prompts, take_slots
-from rl_jax.models.transformer import TransformerConfig, logits, prefill
+from rl_jax.models.transformer import logits, prefill
 from rl_jax.rollout import check_lengths, compute_params, sample_tokens, sequence_uniforms
 from rl_jax.sampling import Sampling
 from rl_jax.types import Array, PyTree, Rollout

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from rl_jax.models.transformer import hidden_states, init_params, llama, logits
+from rl_jax.models.config import llama
+from rl_jax.models.transformer import hidden_states, init_params, logits
 from rl_jax.types import Array, PyTree, Rollout
 
 VOCAB, EOS, LENGTH = 4, 2, 3

@@ -12,9 +12,10 @@ from test_meshes import MASK, PROMPTS, SAMPLING, judged, mesh_of
 from benchmarks.growth import count_collectives
 from experiments.mapped import make_generate, make_learning, make_sum_microbatches, make_update, prompt_indices
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
+from rl_jax.models.config import llama
 from rl_jax.models.layout import model_axes, put_model
 from rl_jax.models.reward_model import init_reward_params, make_backbone
-from rl_jax.models.transformer import init_params, llama
+from rl_jax.models.transformer import init_params
 from rl_jax.preferences.learning import ensemble_update, init_ensemble_state
 from rl_jax.preferences.losses import bradley_terry_loss
 from rl_jax.pretraining import pretrain_gradient

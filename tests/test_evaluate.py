@@ -17,8 +17,9 @@ from rl_jax.data.prompts import encode_prompts
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
 from rl_jax.evaluation import Estimate
+from rl_jax.models.config import llama
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
-from rl_jax.models.transformer import hidden_states, init_params, llama, logits
+from rl_jax.models.transformer import hidden_states, init_params, logits
 from rl_jax.rewards.compose import RewardConfig
 from rl_jax.rollout import generate
 from rl_jax.sampling import Sampling

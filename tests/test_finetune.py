@@ -18,8 +18,9 @@ from experiments.finetune import Finetuning
 from rl_jax.data.preferences import padded_batches
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
+from rl_jax.models.config import llama
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
-from rl_jax.models.transformer import hidden_states, init_params, llama, logits
+from rl_jax.models.transformer import hidden_states, init_params, logits
 from rl_jax.pretraining import completion_nats, finetune_gradient
 from rl_jax.run.spmd import make_mesh, pmapped
 from rl_jax.types import PreferenceBatch

@@ -14,8 +14,9 @@ from experiments.chatting import Conversation, hear, make_stream, say
 from rl_jax.data.conversations import make_render
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
+from rl_jax.models.config import llama
 from rl_jax.models.huggingface import Policy, save_policy
-from rl_jax.models.transformer import init_params, llama
+from rl_jax.models.transformer import init_params
 from rl_jax.rollout import generate as generate_plainly
 from rl_jax.rollout import sequence_uniforms
 from rl_jax.run.spmd import make_mesh

@@ -8,10 +8,11 @@ import pytest
 
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
+from rl_jax.models.config import llama
 from rl_jax.models.gguf import gguf_tokenizer, read_gguf
 from rl_jax.models.huggingface import load_policy
 from rl_jax.models.tensors import to_tensors
-from rl_jax.models.transformer import init_params, llama
+from rl_jax.models.transformer import init_params
 
 gguf = pytest.importorskip("gguf")
 

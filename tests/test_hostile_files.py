@@ -22,6 +22,7 @@ from safetensors.numpy import save
 from experiments.judgements import read_pairs, write_pairs
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
+from rl_jax.models.config import gpt2, llama
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
 from rl_jax.models.reward_model import (
     RewardModel,
@@ -30,7 +31,7 @@ from rl_jax.models.reward_model import (
     make_backbone,
     save_reward_model,
 )
-from rl_jax.models.transformer import gpt2, init_params, llama
+from rl_jax.models.transformer import init_params
 from rl_jax.run.report import write_report
 from rl_jax.types import PreferenceBatch
 

@@ -12,11 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
+from rl_jax.models.config import gpt2, llama
 from rl_jax.models.families import family, from_settings, to_settings
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
 from rl_jax.models.layout import put_model
 from rl_jax.models.tensors import from_tensors, to_tensors
-from rl_jax.models.transformer import gpt2, init_params, llama
+from rl_jax.models.transformer import init_params
 from rl_jax.run.spmd import make_mesh
 
 VOCAB = 260

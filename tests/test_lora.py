@@ -13,9 +13,10 @@ import pytest
 from experiments.mapped import make_generate, make_learning, make_update, prompt_indices
 from rl_jax.errors import InputError
 from rl_jax.learner import init_state
+from rl_jax.models.config import gpt2, llama
 from rl_jax.models.layout import model_axes, put_model, put_shared
 from rl_jax.models.lora import LoRA, check_lora, init_adapters, make_tuning, merge_adapters, with_adapters
-from rl_jax.models.transformer import gpt2, hidden_states, init_params, llama, values
+from rl_jax.models.transformer import hidden_states, init_params, values
 from rl_jax.reinforce.estimators import ESTIMATORS
 from rl_jax.rollout import compute_params
 from rl_jax.run.spmd import AS_IT_IS, make_mesh, pmapped

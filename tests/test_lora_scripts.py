@@ -20,11 +20,12 @@ from experiments.mapped import make_sum_microbatches
 from experiments.reinforcing import Reinforcing
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
+from rl_jax.models.config import llama
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
 from rl_jax.models.lora import LoRA, merge_adapters, with_adapters
 from rl_jax.models.peft import load_adapters
 from rl_jax.models.reward_model import load_reward_model
-from rl_jax.models.transformer import init_params, llama
+from rl_jax.models.transformer import init_params
 from rl_jax.pretraining import finetune_gradient
 from rl_jax.run.spmd import make_mesh, pmapped
 

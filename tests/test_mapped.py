@@ -10,7 +10,8 @@ import pytest
 
 from experiments.mapped import make_generate, make_learning, prompt_indices
 from rl_jax.learner import init_state, policy_gradient_update
-from rl_jax.models.transformer import init_params, llama
+from rl_jax.models.config import llama
+from rl_jax.models.transformer import init_params
 from rl_jax.reinforce.estimators import ESTIMATORS
 from rl_jax.rollout import generate
 from rl_jax.run.spmd import SUM, each_device, make_mesh, pmapped

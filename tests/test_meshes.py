@@ -15,9 +15,10 @@ from experiments.mapped import make_generate, make_learning, make_sum_microbatch
 from rl_jax import scoring
 from rl_jax.errors import InputError
 from rl_jax.learner import init_state
+from rl_jax.models.config import gpt2, llama
 from rl_jax.models.layout import model_axes, put_model, put_shared
 from rl_jax.models.reward_model import init_reward_params, make_backbone
-from rl_jax.models.transformer import add_value_head, gpt2, init_params, llama
+from rl_jax.models.transformer import add_value_head, init_params
 from rl_jax.preferences.learning import ensemble_update, init_ensemble_state
 from rl_jax.preferences.losses import bradley_terry_loss
 from rl_jax.pretraining import pretrain_gradient

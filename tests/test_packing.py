@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_jax.models.transformer import add_value_head, gpt2, init_params, llama
+from rl_jax.models.config import gpt2, llama
+from rl_jax.models.transformer import add_value_head, init_params
 from rl_jax.packing import Packing, choose_packing, from_rows, pack, sum_over_rows, to_rows
 from rl_jax.reinforce.gradient import Scores, reinforce_gradient
 from rl_jax.reinforce.objectives import (

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
-from rl_jax.models.lora import LoRA, init_adapters, with_adapters
+from rl_jax.models.config import gpt2, llama
+from rl_jax.models.huggingface import Policy, load_policy, save_policy
+from rl_jax.models.lora import LoRA, init_adapters, merge_adapters, with_adapters
 from rl_jax.models.peft import load_adapters, read_settings, save_adapters
-from rl_jax.models.transformer import gpt2, llama
+from rl_jax.models.transformer import init_params
 
 LLAMA = llama(24, 32, layers=2, width=12, heads=2, kv_heads=1, mlp_width=20)
 GPT2 = gpt2(24, 32, layers=2, width=12, heads=4)
@@ -161,3 +164,17 @@ def test_files_that_are_missing_or_damaged(tmp_path):
         (tmp_path / "adapter_config.json").write_text(text, "latin-1")
         with pytest.raises(InputError, match=r"adapter_config.json"):
             load_adapters(tmp_path, LLAMA)
+
+
+def test_a_folder_of_adapters_is_read_as_the_model_that_it_names(tmp_path):
+    config = llama(260, 32, layers=1, width=12, heads=2)
+    policy = Policy(init_params(jax.random.key(1), config), config, train_tokenizer(["the cat sat on the mat"], 260))
+    adapters, base = random_adapters(config), save_policy(tmp_path / "base", policy)
+    save_adapters(tmp_path / "adapters", adapters, LoRA(3, alpha=4.5), config, base)
+    expected = merge_adapters(policy.params, adapters, 1.5)
+    found = load_policy(tmp_path / "adapters")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found.params, expected)
+    assert found.place == base
+    save_adapters(tmp_path / "lost", adapters, LoRA(3), config)
+    with pytest.raises(InputError, match="must name a model as base_model_name_or_path, not None"):
+        load_policy(tmp_path / "lost")

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
+from rl_jax.models.config import llama
 from rl_jax.models.reward_model import candidate_rewards, candidates_rollout, ensemble_rewards, init_reward_params
-from rl_jax.models.transformer import init_params, llama
+from rl_jax.models.transformer import init_params
 from rl_jax.preferences.learning import concordance, ensemble_update, init_ensemble_state, reward_gradient
 from rl_jax.preferences.losses import bradley_terry_loss, plackett_luce_loss
 from rl_jax.rewards.learned import mean_minus_spread_reward, mean_reward, minimum_reward

@@ -21,8 +21,9 @@ from rl_jax.data.prompt_rows import encode_prompt_rows, find_rows, pad_keys, pro
 from rl_jax.data.prompts import decode_completions
 from rl_jax.data.tokenizer import encode_texts, train_tokenizer
 from rl_jax.errors import InputError
+from rl_jax.models.config import llama
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
-from rl_jax.models.transformer import init_params, llama
+from rl_jax.models.transformer import init_params
 from rl_jax.rewards.compose import RewardConfig, make_reward
 from rl_jax.types import Rollout
 

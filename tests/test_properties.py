@@ -28,8 +28,9 @@ from rl_jax.data.preferences import (
 from rl_jax.data.prompts import decode_completions, encode_prompts, passage_openings
 from rl_jax.data.tokenizer import END_OF_TEXT, encode_texts, train_tokenizer
 from rl_jax.errors import InputError
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.families import family, from_settings, to_settings
-from rl_jax.models.transformer import TransformerConfig, init_params, token_positions
+from rl_jax.models.transformer import init_params, token_positions
 from rl_jax.packing import Packing, from_rows, pack, sum_over_rows, to_rows
 from rl_jax.types import Rollout
 

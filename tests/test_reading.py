@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rl_jax.models.config import gpt2, llama
 from rl_jax.models.reading import empty_cache, read_tokens
-from rl_jax.models.transformer import gpt2, hidden_states, init_params, llama
+from rl_jax.models.transformer import hidden_states, init_params
 
 CONFIGS = {
     "llama": llama(50, 16, 2, 16, 4, kv_heads=2),

@@ -11,8 +11,9 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
+from rl_jax.models.config import llama
 from rl_jax.models.reward_model import RewardModel, ensemble_rewards, init_reward_params
-from rl_jax.models.transformer import init_params, llama
+from rl_jax.models.transformer import init_params
 from rl_jax.rewards.compose import RewardConfig, keyword_ids, make_reward
 from rl_jax.rewards.text import score_texts
 from rl_jax.rewards.tokens import length_reward

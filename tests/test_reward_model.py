@@ -9,6 +9,7 @@ import pytest
 
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
+from rl_jax.models.config import gpt2, llama
 from rl_jax.models.reward_model import (
     RewardModel,
     candidate_rewards,
@@ -22,7 +23,7 @@ from rl_jax.models.reward_model import (
     save_reward_model,
     sequence_rewards,
 )
-from rl_jax.models.transformer import gpt2, hidden_states, init_params, llama
+from rl_jax.models.transformer import hidden_states, init_params
 from rl_jax.types import PreferenceBatch
 
 CONFIG = llama(300, 16, 2, 16, 2)

@@ -8,7 +8,8 @@ import pytest
 
 from rl_jax import rollout as rollout_module
 from rl_jax.errors import InputError
-from rl_jax.models.transformer import TransformerConfig, gpt2, hidden_states, init_params, llama, logits
+from rl_jax.models.config import TransformerConfig, gpt2, llama
+from rl_jax.models.transformer import hidden_states, init_params, logits
 from rl_jax.rollout import check_lengths, generate, sequence_uniforms
 from rl_jax.run.spmd import make_mesh, pmapped
 from rl_jax.sampling import Sampling

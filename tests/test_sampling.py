@@ -8,7 +8,8 @@ import scipy.special
 import scipy.stats
 
 from rl_jax.errors import InputError
-from rl_jax.models.transformer import hidden_states, init_params, llama
+from rl_jax.models.config import llama
+from rl_jax.models.transformer import hidden_states, init_params
 from rl_jax.models.transformer import logits as logits_of
 from rl_jax.rollout import generate
 from rl_jax.sampling import Sampling, draw, untruncated, warp_logits

@@ -11,7 +11,8 @@ from oracles import CONFIG, EOS, LENGTH, VOCAB
 
 from rl_jax import scoring
 from rl_jax.errors import InputError
-from rl_jax.models.transformer import hidden_states, init_params, llama, logits
+from rl_jax.models.config import llama
+from rl_jax.models.transformer import hidden_states, init_params, logits
 from rl_jax.reinforce.distributions import kl_estimate, token_logprobs
 from rl_jax.reinforce.gradient import reinforce_gradient
 from rl_jax.rollout import compute_params

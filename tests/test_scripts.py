@@ -13,8 +13,9 @@ from experiments.reinforcing import split_prompts
 from rl_jax.data.prompts import decode_completions
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
+from rl_jax.models.config import llama
 from rl_jax.models.huggingface import Policy, save_policy
-from rl_jax.models.transformer import init_params, llama
+from rl_jax.models.transformer import init_params
 
 TOKENIZER = train_tokenizer(["abab abab"], 260)
 

@@ -9,7 +9,8 @@ import pytest
 from rl_jax import slots as slots_module
 from rl_jax.errors import InputError
 from rl_jax.models import ring as ring_module
-from rl_jax.models.transformer import TransformerConfig, gpt2, init_params, llama
+from rl_jax.models.config import TransformerConfig, gpt2, llama
+from rl_jax.models.transformer import init_params
 from rl_jax.rollout import generate
 from rl_jax.sampling import Sampling
 from rl_jax.slots import generate_in_slots

@@ -15,8 +15,9 @@ import pytest
 
 from rl_jax.data.corpus import read_passages
 from rl_jax.data.tokenizer import train_tokenizer
+from rl_jax.models.config import llama
 from rl_jax.models.huggingface import Policy, save_policy
-from rl_jax.models.transformer import init_params, llama
+from rl_jax.models.transformer import init_params
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3000

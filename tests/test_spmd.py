@@ -105,6 +105,17 @@ def test_put_shares_no_memory_with_its_source(devices, axes):
     np.testing.assert_array_equal(copy, np.arange(1 << 16))
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_put_without_a_copy_takes_what_lies_there_already(devices):
+    mesh = make_mesh(jax.devices()[:devices])
+    there = put(np.arange(64.0), mesh, 0)
+    places = [
+        [shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards]
+        for x in (there, put(there, mesh, 0, copy=False), put(there, mesh, 0))
+    ]
+    assert places[0] == places[1] and not set(places[0]) & set(places[2])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int32", "bfloat16", "uint8", "bool"])
 def test_fingerprint_is_its_formula(dtype):
     values = np.asarray(50 * jax.random.normal(jax.random.key(0), (6, 8))).astype(jnp.dtype(dtype))

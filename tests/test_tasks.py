@@ -11,7 +11,8 @@ import pytest
 from experiments.recipes import tasks
 from experiments.recipes.tasks import Graph, bandit_task, walk_rewards
 from rl_jax.errors import InputError
-from rl_jax.models.transformer import init_params, llama
+from rl_jax.models.config import llama
+from rl_jax.models.transformer import init_params
 from rl_jax.reinforce import exact
 from rl_jax.sampling import Sampling
 from rl_jax.scoring import completion_logprobs

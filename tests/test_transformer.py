@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 
 from rl_jax.errors import InputError
+from rl_jax.models.config import TransformerConfig, gpt2, llama
 from rl_jax.models.transformer import (
-    TransformerConfig,
     attend,
     decode_step,
-    gpt2,
     hidden_states,
     init_params,
-    llama,
     logits,
     prefill,
     rotate,

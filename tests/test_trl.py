@@ -22,8 +22,8 @@ import pytest
 from rl_jax.errors import InputError
 from rl_jax.learner import init_state, policy_gradient_update
 from rl_jax.masked import masked_sum
+from rl_jax.models.config import gpt2, llama
 from rl_jax.models.tensors import to_tensors
-from rl_jax.models.transformer import gpt2, llama
 from rl_jax.reinforce.advantages import (
     group_mean_advantages,
     group_standardized_advantages,

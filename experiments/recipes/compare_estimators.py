@@ -45,7 +45,7 @@ from rl_jax.errors import InputError
 from rl_jax.evaluation import Estimate, mean_interval
 from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import init_state, policy_gradient_update
-from rl_jax.models.transformer import llama
+from rl_jax.models.config import llama
 from rl_jax.reinforce.composition import Estimator
 from rl_jax.reinforce.estimators import make_estimator
 from rl_jax.run.figures import PALETTE, draw_band, open_figure

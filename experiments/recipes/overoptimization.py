@@ -68,8 +68,8 @@ from experiments.recipes.overoptimization_models import Gold, Prompts, take
 from experiments.recipes.overoptimization_rl import EVALUATED, Problem, Shapes, combinations, tune
 from rl_jax.data.prompts import decode_completions
 from rl_jax.keys import Purpose, step_key
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.reward_model import normalize
-from rl_jax.models.transformer import TransformerConfig
 from rl_jax.preferences.losses import bradley_terry_loss
 from rl_jax.run.folder import write_json
 from rl_jax.run.loop import run_main

@@ -9,7 +9,7 @@ from experiments.recipes.overoptimization_models import Learning, model_config
 from experiments.recipes.overoptimization_rl import Tuning
 from rl_jax.errors import InputError
 from rl_jax.keys import check_seed
-from rl_jax.models.transformer import TransformerConfig
+from rl_jax.models.config import TransformerConfig
 
 GROUP_SIZE = 32  # completions that are sampled together, where many of a prompt are wanted
 

@@ -15,8 +15,9 @@ from experiments.pretrain import Text, learning_rate
 from rl_jax.data.prompts import passage_openings
 from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
+from rl_jax.models.config import TransformerConfig, llama
 from rl_jax.models.reward_model import ensemble_rewards, init_reward_params, make_backbone
-from rl_jax.models.transformer import TransformerConfig, init_params, llama
+from rl_jax.models.transformer import init_params
 from rl_jax.preferences.learning import JudgedLoss, ensemble_update, init_ensemble_state
 from rl_jax.pretraining import pretrain_gradient
 from rl_jax.rewards.tokens import repetition_penalty

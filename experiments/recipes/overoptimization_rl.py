@@ -15,7 +15,7 @@ import optax
 from experiments.recipes.overoptimization_models import Gold, Prompts, gold_reward, take
 from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import init_state, policy_gradient_update
-from rl_jax.models.transformer import TransformerConfig
+from rl_jax.models.config import TransformerConfig
 from rl_jax.reinforce.estimators import make_estimator
 from rl_jax.rewards.learned import Combination, learned_reward, mean_minus_spread_reward, mean_reward, minimum_reward
 from rl_jax.rollout import generate

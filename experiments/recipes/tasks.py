@@ -18,8 +18,9 @@ import optax
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import apply_gradients, init_state
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.tabular import init_table, tabular_logits, tabular_values
-from rl_jax.models.transformer import TransformerConfig, add_value_head, init_params
+from rl_jax.models.transformer import add_value_head, init_params
 from rl_jax.reinforce.distributions import entropy, exact_kl, token_logprobs
 from rl_jax.reinforce.exact import objective, optimal_policy
 from rl_jax.reinforce.gradient import ScoreFn, Scores, reinforce_gradient

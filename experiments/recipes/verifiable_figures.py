@@ -9,6 +9,7 @@ import numpy as np
 from rl_jax.run.figures import GREY, PALETTE, draw_band, open_figure
 
 Rows = Sequence[Mapping[str, Any]]
+NAMES = {"rloo": "RLOO", "grpo": "GRPO", "dr_grpo": "Dr. GRPO"}  # of estimators, as papers have them
 
 
 def draw_verifiable(path: Path, rows: Rows, points: Rows) -> None:
@@ -24,16 +25,17 @@ def draw_verifiable(path: Path, rows: Rows, points: Rows) -> None:
     with open_figure(path, titles, 4.4, 3.6) as (accuracy, passed, lengths):
         for name, colour in zip(names, PALETTE, strict=False):
             x, values = by_seed(points, name, "accuracy")
-            draw_band(accuracy, x, spread(100 * values), name, colour)
+            label = NAMES.get(name, name)
+            draw_band(accuracy, x, spread(100 * values), label, colour)
             for kind, dashed in (("wrong", False), ("right", True)):
                 x, values = by_seed(points, name, f"length of {kind}")
-                draw_band(lengths, x, spread(values), f"{name}, {kind}", colour, dashed)
+                draw_band(lengths, x, spread(values), f"{label}, {kind}", colour, dashed)
         ks = [1, *(int(column.removeprefix("pass@")) for column in rows[0] if column.startswith("pass@"))]
         for name, colour in zip((rows[0]["policy"], *names), (GREY, *PALETTE), strict=False):
             last = [row for row in rows if row["policy"] == name][-1]  # of all seeds, where there are several
             estimates = [last["accuracy" if k == 1 else f"pass@{k}"] for k in ks]
             band = 100 * np.array([(each.low, each.value, each.high) for each in estimates]).T
-            draw_band(passed, np.array(ks), band, name, colour)
+            draw_band(passed, np.array(ks), band, NAMES.get(name, name), colour)
         accuracy.set(xlabel="updates", ylabel="%", ylim=(0, 100))
         passed.set(xscale="log", xlabel="k", ylabel="% of held-out problems", xticks=ks, xticklabels=ks, ylim=(0, 101))
         passed.minorticks_off()

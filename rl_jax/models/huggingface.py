@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl_jax.errors import InputError
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.families import from_settings, to_settings
 from rl_jax.models.gguf import gguf_tokenizer, read_gguf
 from rl_jax.models.layout import put_model
+from rl_jax.models.lora import merge_adapters
+from rl_jax.models.peft import SETTINGS, load_adapters, read_settings
 from rl_jax.models.places import find_model
 from rl_jax.models.shards import SHARD_BYTES, Stored, has_tensors, open_tensors, reading, save_tensors
 from rl_jax.models.tensors import from_tensors, to_tensors
-from rl_jax.models.transformer import TransformerConfig
 from rl_jax.run.processes import is_first
 from rl_jax.run.spmd import Mesh, fetch, make_mesh
 from rl_jax.types import Array, PyTree
@@ -28,12 +30,21 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Policy(NamedTuple):
-    """A language model: parameters, configuration, tokenizer, and ids that end a completion where they are several."""
+    """A language model.
+
+    Attributes:
+        params: its parameters.
+        config: its configuration.
+        tokenizer: its tokenizer.
+        eos: ids that end a completion, where they are several.
+        place: where it was read, which is what adapters say they are beside.
+    """
 
     params: PyTree
     config: TransformerConfig
     tokenizer: Any
     eos: tuple[int, ...] = ()
+    place: str = ""
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -41,13 +52,22 @@ class Policy(NamedTuple):
         return self.eos or (self.tokenizer.eos_token_id,)
 
 
-def save_policy(folder: Path, policy: Policy, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a policy so that `transformers` and `load_policy` read it: the first process does, and all have to ask."""
+def save_policy(folder: Path, policy: Policy, shard_bytes: int = SHARD_BYTES) -> str:
+    """Write a policy so that `transformers` and `load_policy` read it: the first process does, and all have to ask.
+
+    Args:
+        folder: made where it is missing.
+        policy: what is written.
+        shard_bytes: size of a file of weights beyond which there are several.
+
+    Returns:
+        The folder, for `Policy.place`.
+    """
     from rl_jax.data.tokenizer import save_tokenizer  # slow to import
 
     params = fetch(policy.params)
     if not is_first():
-        return
+        return str(folder)
     tokenizer = policy.tokenizer
     settings = to_settings(policy.config, policy.ends, tokenizer.bos_token_id)
     ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -58,6 +78,7 @@ def save_policy(folder: Path, policy: Policy, shard_bytes: int = SHARD_BYTES) ->
     for name, values in (("config.json", settings), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
     save_tensors(folder, to_tensors(params, policy.config), shard_bytes)
+    return str(folder)
 
 
 def load_policy(
@@ -71,7 +92,7 @@ def load_policy(
 
     Args:
         place: of which `find_model` says what it stands for: a folder that `save_policy` or `transformers` wrote, a
-            GGUF file, or a model's name.
+            GGUF file, or a model's name; or a folder of PEFT's adapters, which are added to the model they name.
         dtype: the compute dtype.
         remat: recompute blocks in the backward pass.
         params_dtype: of the matrices, bfloat16 for parameters that are not learned; vectors are float32.
@@ -81,6 +102,8 @@ def load_policy(
         InputError: there is no such policy, it is damaged, or of a kind that is not supported.
     """
     path, mesh = find_model(place), mesh or make_mesh()
+    if (path / SETTINGS).is_file():
+        return _load_adapted(path, dtype, remat, params_dtype, mesh)
     settings, tensors, tokenizer, eos = _open_gguf(path) if path.is_file() else _open_folder(path)
     with reading(path if path.is_file() else path / "config.json"):
         config = dataclasses.replace(from_settings(settings), dtype=dtype, remat=remat)
@@ -91,13 +114,11 @@ def load_policy(
         return put_model({name: value}, mesh)[name]
 
     with reading(path):
-        return Policy(from_tensors(tensors, config, put), config, tokenizer, eos)
+        return Policy(from_tensors(tensors, config, put), config, tokenizer, eos, str(place))
 
 
-def read_model(
-    folder: Path, dtype: Dtype = "float32", remat: bool = False
-) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
-    """The configuration and the named tensors in a model's folder.
+def read_model(folder: Path, dtype: Dtype = "float32", remat: bool = False) -> tuple[TransformerConfig, Stored]:
+    """The configuration and the named tensors in a model's folder, each of which is read when it is asked for.
 
     Raises:
         InputError: there is no model, one that is damaged, or one of a kind that is not supported.
@@ -106,7 +127,7 @@ def read_model(
     settings = _read_json(folder / "config.json")
     with reading(folder / "config.json"):
         config = dataclasses.replace(from_settings(settings), dtype=dtype, remat=remat)
-    return config, dict(open_tensors(folder))
+    return config, open_tensors(folder)
 
 
 def read_tokenizer(folder: Path, config: TransformerConfig) -> Any:
@@ -150,6 +171,15 @@ def check_tokenizer(
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos[0])
     own = tokenizer.eos_token_id
     return tokenizer, (own, *(id for id in eos if id != own))
+
+
+def _load_adapted(folder: Path, dtype: Dtype, remat: bool, params_dtype: Dtype, mesh: Mesh) -> Policy:
+    """The model that a folder of PEFT's adapters names, with these in its matrices."""
+    base = read_settings(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or (Path(base) / SETTINGS).is_file():
+        raise InputError(f"{folder / SETTINGS} must name a model as base_model_name_or_path, not {reprlib.repr(base)}.")
+    policy = load_policy(base, dtype, remat, params_dtype, mesh)
+    return policy._replace(params=merge_adapters(policy.params, load_adapters(folder, policy.config), 1.0))
 
 
 def _open_folder(folder: Path) -> tuple[Any, Stored, Any, tuple[int, ...]]:

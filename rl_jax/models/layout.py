@@ -25,9 +25,14 @@ def model_axes(tree: PyTree, mesh: Mesh) -> PyTree:
     return lay_out(tree, RULES, mesh)
 
 
-def put_model(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Copies parameters, or a state with them, to the devices, so laid out."""
-    return put(tree, mesh, model_axes(tree, mesh))
+def put_model(tree: PyTree, mesh: Mesh, copy: bool = True) -> PyTree:
+    """Copies parameters, or a state with them, to the devices, so laid out; see `put`."""
+    return put(tree, mesh, model_axes(tree, mesh), copy)
+
+
+def put_unchanged(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Parameters that are only read, so laid out; those that already are so are not copied."""
+    return put_model(tree, mesh, copy=False)
 
 
 def put_shared(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -37,11 +42,11 @@ def put_shared(tree: PyTree, mesh: Mesh) -> PyTree:
     share them already.
     """
     if not has_whole_models(mesh):
-        return put_model(tree, mesh)
+        return put_unchanged(tree, mesh)
     parts = batch_parts(mesh)
 
     def longest_axis(x: Array) -> int | None:
         sizes = np.shape(x)
         return max((axis for axis, size in enumerate(sizes) if size % parts == 0), key=sizes.__getitem__, default=None)
 
-    return put(tree, mesh, jax.tree.map(longest_axis, tree))
+    return put(tree, mesh, jax.tree.map(longest_axis, tree), copy=False)

@@ -17,7 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import Partial
 
 from rl_jax.errors import InputError
-from rl_jax.models.transformer import TransformerConfig, init_params
+from rl_jax.models.config import TransformerConfig
+from rl_jax.models.transformer import init_params
 from rl_jax.types import Array, PyTree
 
 ALL = "all"

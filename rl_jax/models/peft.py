@@ -17,11 +17,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from rl_jax.errors import InputError
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.families import family
 from rl_jax.models.lora import Layer, LoRA, adaptable_layers
 from rl_jax.models.shards import reading
 from rl_jax.models.tensors import GPT2_LAYER, LLAMA_LAYER, read_tensor
-from rl_jax.models.transformer import TransformerConfig
 from rl_jax.run.processes import is_first
 from rl_jax.run.spmd import fetch
 from rl_jax.types import PyTree

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from rl_jax.models.attention import Focus, attend
-from rl_jax.models.transformer import Transformer, TransformerConfig
+from rl_jax.models.config import TransformerConfig
+from rl_jax.models.transformer import Transformer
 from rl_jax.types import Array, PyTree
 
 Pairs = tuple[tuple[Array, Array], ...]

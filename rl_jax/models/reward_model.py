@@ -16,10 +16,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from rl_jax.errors import InputError
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.families import FAMILIES, family, to_settings
 from rl_jax.models.huggingface import read_model, read_tokenizer, reading
 from rl_jax.models.tensors import from_tensors, read_tensor, to_tensors
-from rl_jax.models.transformer import TransformerConfig, hidden_states
+from rl_jax.models.transformer import hidden_states
 from rl_jax.run.processes import is_first
 from rl_jax.run.spmd import fetch
 from rl_jax.types import Array, PreferenceBatch, PyTree, Rollout
@@ -191,7 +192,7 @@ def load_reward_model(folder: Path, dtype: Literal["float32", "bfloat16"] = "flo
         place = folder / f"member_{number}"
         config, tensors = read_model(place, dtype)
         with reading(place / "model.safetensors"):
-            head = tensors.pop(HEAD, None)
+            head = tensors.get(HEAD)
             if head is None or head.shape != (1, config.width):
                 raise InputError(f"It has no reward head of {config.width} numbers ({HEAD}): copy or train it again.")
             kernel = {"kernel": jnp.array(read_tensor(HEAD, head, (1, config.width)).T)}

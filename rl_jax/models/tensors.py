@@ -10,8 +10,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rl_jax.errors import InputError
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.families import family
-from rl_jax.models.transformer import TransformerConfig, init_params
+from rl_jax.models.transformer import init_params
 from rl_jax.types import Array, PyTree
 
 # Our path in a block -> the name in a layer there. Kernels are [in, out] here and in GPT-2, [out, in] in Llama.

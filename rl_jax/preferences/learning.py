@@ -14,9 +14,9 @@ from jax.tree_util import Partial
 from rl_jax.learner import apply_gradients, init_state
 from rl_jax.masked import masked_mean
 from rl_jax.microbatch import sum_over_microbatches
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.lora import WholeFn, itself
 from rl_jax.models.reward_model import candidate_rewards
-from rl_jax.models.transformer import TransformerConfig
 from rl_jax.pretraining import SumMicrobatches
 from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, TrainState
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import chex
 import jax.numpy as jnp
 
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.reward_model import ensemble_rewards
-from rl_jax.models.transformer import TransformerConfig
 from rl_jax.types import Array, PyTree, Rollout
 
 Combination = Callable[[Array], Array]

@@ -190,20 +190,22 @@ def traced_once(fn: Callable[..., Any], static: tuple[str, ...] = ()) -> Callabl
     return jax.jit(fn, static_argnames=static)
 
 
-def put(tree: PyTree, mesh: Mesh, axes: PyTree = None) -> PyTree:
+def put(tree: PyTree, mesh: Mesh, axes: PyTree = None, copy: bool = True) -> PyTree:
     """Copies `tree` to the devices, laid out as `pmapped` wants an argument whose entry in `in_axes` is `axes`.
 
-    The copy shares no memory with `tree`: it may be donated, and the original changed.
+    The copy shares no memory with `tree`: it may be donated, and the original changed. Without `copy` what already lies
+    so is taken as it is.
 
     Raises:
         InputError: an axis to be cut is not a multiple of the number of devices.
     """
     _check_divisible(axes, tree, mesh, "The tree")
     # A copy first: `device_put` may alias its source, a NumPy array or a shard, even where it is told not to.
-    copies = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else np.array(x), tree)
+    if copy:
+        tree = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else np.array(x), tree)
     if jax.process_count() > 1:
-        return _spread(copies, axes, mesh)
-    return jax.device_put(copies, _shardings(mesh, axes))
+        return _spread(tree, axes, mesh)
+    return jax.device_put(tree, _shardings(mesh, axes))
 
 
 def fetch(tree: PyTree) -> PyTree:
