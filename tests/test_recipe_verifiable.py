@@ -6,16 +6,22 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from experiments.complete import Sampled
 from experiments.options import EstimatorOptions
-from experiments.pretrain import Pretraining
+from experiments.pretrain import Pretraining, model_config
 from experiments.recipes import verifiable as recipe
+from experiments.recipes import verifiable_table as table
 from experiments.recipes import verifiable_tasks as tasks
-from experiments.reinforcing import Reinforcing
+from experiments.reinforcing import Prompts, Reinforcing
 from rl_jax.data.corpus import encode_passages
 from rl_jax.errors import InputError
+from rl_jax.models.huggingface import Policy
+from rl_jax.models.transformer import init_params
+from rl_jax.types import Rollout
 
 EXPLORING = EstimatorOptions(kl="none", entropy_coefficient=1.0)  # learns something where no answer is right
 ADDITION, SORTING, COUNTING = (tasks.make_task(name) for name in ("addition:3", "sorting:5", "counting:6"))
@@ -158,8 +164,8 @@ def test_a_token_for_each_character_and_tag():
 def test_pass_at_k_is_the_mean_over_every_subset(k):
     right = np.random.default_rng(0).random((20, 5)) < np.linspace(0, 1, 20)[:, None]
     expected = [np.mean([any(some) for some in itertools.combinations(row, k)]) for row in right.tolist()]
-    np.testing.assert_allclose(recipe.pass_at_k(right, k), expected)
-    assert recipe.powers(1) == [1] and recipe.powers(8) == [1, 2, 4, 8] and recipe.powers(11) == [1, 2, 4, 8]
+    np.testing.assert_allclose(table.pass_at_k(right, k), expected)
+    assert table.powers(1) == [1] and table.powers(8) == [1, 2, 4, 8] and table.powers(11) == [1, 2, 4, 8]
 
 
 def small(folder, **changes):
@@ -211,12 +217,11 @@ def test_table_and_curves_are_those_of_the_completions():
     right = np.array([[True, False, False, True], [False] * 4])
     shape = right.shape
     lengths = np.arange(8.0).reshape(shape)
-    one = recipe.Measured(right, right[:, :1], right | (lengths == 5), lengths, np.full(shape, 2.0), [])
+    one = table.Measured(right, right[:, :1], right | (lengths == 5), lengths, np.full(shape, 2.0), [])
     none = one._replace(right=~right & right, formatted=right, kl=np.zeros(shape))
-    config = recipe.Config(samples=4, points=2)
-    rows = recipe.table_rows(config, none, {"rloo": [[none, one], [one, none]], "grpo": [[one, one]]})
+    rows = table.table_rows(none, {"rloo": [[none, one], [one, none]], "grpo": [[one, one]]}, 4)
     assert [(row["policy"], row["seed"]) for row in rows] == [
-        (recipe.BEFORE, ""), ("rloo", "0"), ("rloo", "1"), ("rloo", "all"), ("grpo", "0"),
+        (table.BEFORE, ""), ("rloo", "0"), ("rloo", "1"), ("rloo", "all"), ("grpo", "0"),
     ]  # fmt: skip
     before, first, _, both, last = rows
     assert [first[name].value for name in ("accuracy", "greedy accuracy", "pass@2", "pass@4")] == pytest.approx(
@@ -228,7 +233,7 @@ def test_table_and_curves_are_those_of_the_completions():
     assert both["accuracy"].value == 1 / 8 and both["pass@4"].value == 1 / 4 and both["KL, nats"].value == 1
     assert both["length of right"] == 3 / 2 and both["length of wrong"] == pytest.approx(53 / 14)
     assert first | {"policy": "grpo"} == last
-    points = recipe.curve_rows(config, none, {"rloo": [[none, one], [one, none]]})
+    points = table.curve_rows(none, {"rloo": [[none, one], [one, none]]}, 30)
     assert [(p["policy"], p["seed"], p["updates"], p["accuracy"].value) for p in points] == [
         ("rloo", seed, updates, accuracy)
         for seed, accuracies in ((0, (0, 0, 0.25)), (1, (0, 0.25, 0)))
@@ -236,10 +241,33 @@ def test_table_and_curves_are_those_of_the_completions():
     ]
 
 
-def test_recipe_in_miniature(tmp_path):
+def test_each_completion_is_checked_by_its_own_problem(tmp_path, monkeypatch):
+    held_out = [tasks.Problem("", "", answer, "", "") for answer in ("5", "6")]
+    said = {2: ["<answer>5</answer>", "<answer>6</answer>", "5", "<answer>6</answer>"], 1: ["<answer>5</answer>"] * 2}
+
+    def complete(policy, reference, prompts, rewards, sampling, key, stage):
+        assert (prompts, sampling.eos, sampling.temperature) == ("held out", (7,), float(sampling.group_size == 2))
+        mask = np.arange(12) < np.array([[3], [4], [1], [2]])
+        rollout = Rollout(mask, mask, mask, mask, mask, mask)
+        return Sampled(rollout, said[sampling.group_size], {}, np.ones((2, 2)), None)
+
+    monkeypatch.setattr(recipe, "complete", complete)
+    policy, problems = Policy({}, None, None, (7,)), recipe.Problems([], held_out, Prompts("train", "held out"), {})
+    found = recipe.measure(small(tmp_path), ADDITION, policy, policy, problems, 2, None)
+    assert found.right.tolist() == [[True, False], [False, True]] and found.greedy.tolist() == [[True], [False]]
+    assert found.formatted.tolist() == [[True, True], [False, True]] and found.lengths.tolist() == [[3, 4], [1, 2]]
+    assert found.texts == said[2]
+
+
+def test_recipe_in_miniature(tmp_path, monkeypatch):
+    def untrained(settings, text, seed, run, writer):  # pretraining has tests of its own, and takes long to compile
+        config = model_config(settings)
+        return Policy(init_params(jax.random.key(seed), config), config, text.tokenizer), {}
+
+    monkeypatch.setattr(recipe, "pretrain", untrained)
     recipe.main(small(tmp_path))
     rows = json.loads((tmp_path / "table.json").read_text())
-    assert [(row["policy"], row["seed"]) for row in rows] == [(recipe.BEFORE, ""), ("dr_grpo", "0")]
+    assert [(row["policy"], row["seed"]) for row in rows] == [(table.BEFORE, ""), ("dr_grpo", "0")]
     assert abs(rows[0]["KL, nats"]["value"]) < 1e-4 < rows[1]["KL, nats"]["value"]
     assert all(1 <= row["length of wrong"] <= 12 for row in rows)
     points = json.loads((tmp_path / "curves.json").read_text())

@@ -1,4 +1,43 @@
-"""TODO docstring"""
+"""RL on problems whose answers can be checked: a policy that learned from an unreliable teacher comes to be right.
+
+    python experiments/recipes/verifiable.py
+    python experiments/recipes/verifiable.py --task sorting --estimators rloo --seeds 1
+    python experiments/recipes/verifiable.py --model smollm2 --task addition:1 --problems 54 --held-out 22 --points 1 \
+        --seeds 1 --estimators rloo --reinforce.lora.rank 8 --reinforce.temperature 0.7 --reinforce.completion-length 12
+
+Two cores of an AMD EPYC, JAX 0.10.2, the first command: 6 minutes of processor time, where JAX_COMPILATION_CACHE_DIR
+lets the seeds share their programs.
+
+The set-up of R1-Zero (DeepSeek-AI 2025) and TinyZero in small: sums of two numbers, which claim nothing of reasoning. A
+policy of 110 thousand parameters is pretrained on a teacher's texts, such as
+"37+48=7+8=15,1+3+4=8<answer>85</answer>": a question, steps, and the answer between tags. In 40 % of them the teacher
+answers a problem that was read wrongly, then more often after several attempts; a tenth has no tags. RL gives 1 for a
+right answer and 0.1 for the format, however the answer was come by, and charges no KL: 60 updates of 16 problems with
+8 completions each. Of 4,000 different problems 256 are held out, of pretraining too, 48 + 37 together with 37 + 48.
+These are measured with 8 completions each. Intervals are 95 %, over problems; the columns are of three seeds.
+
+|                       | before RL   | RLOO        | GRPO        | Dr. GRPO    |
+|-----------------------|-------------|-------------|-------------|-------------|
+| right, %              | 25.5 ± 2.0  | 87.2 ± 1.7  | 86.2 ± 1.8  | 88.4 ± 1.5  |
+| by seed               |             | 87, 88, 87  | 87, 85, 87  | 90, 88, 88  |
+| likeliest tokens, %   | 98.8 ± 1.3  | 97.8 ± 1.5  | 97.5 ± 1.7  | 98.3 ± 1.4  |
+| one of 8 right, %     | 87.5 ± 4.1  | 99.1 ± 0.8  | 98.3 ± 1.3  | 99.2 ± 0.7  |
+| in the format, %      | 86.4 ± 1.6  | 99.3 ± 0.2  | 99.2 ± 0.2  | 99.3 ± 0.2  |
+| tokens, right         | 18.5        | 18.5        | 18.5        | 18.5        |
+| tokens, wrong         | 16.9        | 18.6        | 19.5        | 18.6        |
+| KL, nats a completion |             | 1.40 ± 0.06 | 1.43 ± 0.08 | 1.37 ± 0.06 |
+
+Published (secondary notes): R1-Zero's accuracy on AIME 2024 rises from 15.6 to 71.0 %. Here it rises too, but what is
+learned was there: greedy decoding is right in 98.8 % before and in no more after, and RL takes the noise out of the
+samples, for 1.4 nats. Published (Yue 2025): RL raises pass@1 and lowers pass@k at large k. Up to k = 8 it is raised
+here; eight samples do not exhaust what the pretrained policy can do.
+
+Published (Liu 2025): GRPO, which divides by a completion's length, makes wrong completions longer, Dr. GRPO does not,
+and both are as accurate. Found in small, of GRPO without its KL: its wrong completions are longer than Dr. GRPO's, by
+2.0 ± 0.7 tokens after 15 updates (21.6 and 19.6) and 0.8 ± 0.6 after 60, paired by seed; right ones are as long in the
+end. But Dr. GRPO's grow as well before they shrink, since brief and unfinished ones go first, and GRPO ends 2.2 ± 2.1
+points less accurate.
+"""
 
 import dataclasses
 import math
@@ -17,6 +56,7 @@ from experiments.options import EstimatorOptions
 from experiments.pretrain import Pretraining, Text, check_counts, model_config, pretrain
 from experiments.pretrain import check as check_pretraining
 from experiments.recipes.verifiable_figures import draw_verifiable
+from experiments.recipes.verifiable_table import Measured, curve_rows, table_rows, write_examples
 from experiments.recipes.verifiable_tasks import (
     CLOSE,
     OPEN,
@@ -37,7 +77,6 @@ from rl_jax.data.conversations import make_render
 from rl_jax.data.corpus import encode_passages
 from rl_jax.data.prompts import decode_completions, encode_prompts
 from rl_jax.errors import InputError
-from rl_jax.evaluation import mean_interval, share_interval
 from rl_jax.keys import Purpose, step_key
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
 from rl_jax.rewards.compose import Reward
@@ -50,12 +89,10 @@ from rl_jax.types import Array, PyTree
 
 COPIES = 8  # texts of each problem that a policy is pretrained on
 CURVE_SAMPLES = 4  # completions of a held-out problem at a point of a curve
-BEFORE, ALL = "before RL", "all"  # the row of the policy that RL begins with; the rows of all seeds
 UNUSED = {
     "pretrain": ("model", "vocab_size"),
     "reinforce": ("estimator", "prompt_length", "prompt_file", "held_out_file", "as_chat", "compare"),
 }
-EXAMPLES = 8  # problems whose completions are written to examples.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +135,7 @@ class Config:
         compare=Comparing(1, 1),
     )
     results: Path = Path("results/verifiable")
-    """Folder that tables, figures, examples and policies are written to."""
+    """Folder that the table, the figure, its curves, examples and the pretrained policy are written to."""
 
 
 class Problems(NamedTuple):
@@ -115,41 +152,6 @@ class Problems(NamedTuple):
     held_out: list[Problem]
     prompts: Prompts
     asked: dict[str, Problem]
-
-
-class Measured(NamedTuple):
-    """What a policy did with N held-out problems, G completions of each.
-
-    Attributes:
-        right: whether the answer is right, in its format. bool [N, G].
-        greedy: whether that of the likeliest tokens is. bool [N, 1].
-        formatted: whether the format is kept. [N, G].
-        lengths: tokens of the completions. [N, G].
-        kl: exact, from the policy before RL, nats a completion. [N, G].
-        texts: the completions. N * G of them.
-    """
-
-    right: np.ndarray
-    greedy: np.ndarray
-    formatted: np.ndarray
-    lengths: np.ndarray
-    kl: np.ndarray
-    texts: list[str]
-
-
-def pass_at_k(right: np.ndarray, k: int) -> np.ndarray:
-    """Chance that of k completions of a problem at least one is right, unbiased (Chen 2021, equation 1).
-
-    Args:
-        right: whether each of G completions is. bool [N, G].
-        k: from 1 to G.
-
-    Returns:
-        1 - C(G - c, k) / C(G, k) where c are right: the share of the subsets of k that have a right one. float64 [N].
-    """
-    group = right.shape[1]
-    missed = [math.comb(group - c, k) / math.comb(group, k) for c in range(group + 1)]
-    return 1 - np.array(missed)[right.sum(axis=1)]
 
 
 def pose(config: Config, task: Task, policy: Policy | None, tokenizer: Any, context: int) -> Problems:
@@ -221,10 +223,6 @@ def measure(
     )
 
 
-Curves = Mapping[str, Sequence[Sequence[Measured]]]
-"""By estimator and seed, what was measured after each part of RL."""
-
-
 def tune(config: Config, task: Task, policy: Policy, problems: Problems, estimator: str, seed: int) -> list[Measured]:
     """RL, and what is measured at the end of each part of it."""
     settings = dataclasses.replace(config.reinforce, estimator=estimator)
@@ -246,58 +244,6 @@ def tune(config: Config, task: Task, policy: Policy, problems: Problems, estimat
         writer.close()
     watch(tuned.params, config.samples)
     return curve
-
-
-def line(measured: Sequence[Measured], most: int) -> dict[str, Any]:
-    """What the table says of one policy, or of those of some seeds; pass@k up to k = `most`."""
-    arrays = (np.concatenate(part, axis=1) for part in zip(*(each[:-1] for each in measured), strict=True))
-    right, greedy, formatted, lengths, kl = arrays
-    found: dict[str, Any] = {"accuracy": share_interval(right), "greedy accuracy": share_interval(greedy)}
-    for k in powers(most)[1:]:
-        found[f"pass@{k}"] = share_interval(np.stack([pass_at_k(each.right, k) for each in measured], axis=1))
-    found["format"] = share_interval(formatted)
-    for name, chosen in (("right", lengths[right]), ("wrong", lengths[~right])):
-        found[f"length of {name}"] = float(chosen.mean()) if chosen.size else math.nan
-    return found | {"KL, nats": mean_interval(kl)}
-
-
-def powers(most: int) -> list[int]:
-    """1, 2, 4 and so on, up to `most`."""
-    return [2**n for n in range(most.bit_length())]
-
-
-def table_rows(config: Config, before: Measured, curves: Curves) -> list[dict[str, Any]]:
-    """A row for the policy before RL, for each run, and for all runs of an estimator."""
-    rows = [{"policy": BEFORE, "seed": ""} | line([before], config.samples)]
-    for name, runs in curves.items():
-        ends = [curve[-1] for curve in runs]
-        rows += [{"policy": name, "seed": str(seed)} | line([end], config.samples) for seed, end in enumerate(ends)]
-        rows += [{"policy": name, "seed": ALL} | line(ends, config.samples)] if len(ends) > 1 else []
-    return rows
-
-
-def curve_rows(config: Config, before: Measured, curves: Curves) -> list[dict[str, Any]]:
-    """What the figure draws: a row for each point of each run."""
-    updates = config.reinforce.steps // config.points
-    return [
-        {"policy": name, "seed": seed, "updates": number * updates} | line([point], 1)
-        for name, runs in curves.items()
-        for seed, curve in enumerate(runs)
-        for number, point in enumerate([before, *curve])
-    ]
-
-
-def write_examples(folder: Path, problems: Problems, before: Measured, curves: Curves) -> None:
-    """The first completion of each of the first held-out problems, before RL and after."""
-    shown = {BEFORE: before} | {name: runs[0][-1] for name, runs in curves.items()}
-    lines = ["# The first completions of the first held-out problems\n"]
-    for number, problem in enumerate(problems.held_out[:EXAMPLES]):
-        lines.append(f"## {problem.words} {problem.answer}\n")
-        for name, measured in shown.items():
-            text = measured.texts[number * measured.right.shape[1]]
-            lines.append(f"- {name} ({'right' if measured.right[number, 0] else 'wrong'}): `{text}`")
-        lines.append("")
-    (folder / "examples.md").write_text("\n".join(lines), "utf-8")
 
 
 def check(config: Config) -> None:
@@ -357,9 +303,10 @@ def main(config: Config) -> None:
     before = measure(config, task, policy, policy, problems, config.samples, step_key(0, Purpose.EVALUATE))
     seeds = range(config.seeds)
     curves = {name: [tune(config, task, policy, problems, name, seed) for seed in seeds] for name in config.estimators}
-    rows, points = table_rows(config, before, curves), curve_rows(config, before, curves)
+    part = config.reinforce.steps // config.points
+    rows, points = table_rows(before, curves, config.samples), curve_rows(before, curves, part)
     write_json(folder / "curves.json", points)
-    write_examples(folder, problems, before, curves)
+    write_examples(folder, problems.held_out, before, curves)
     draw_verifiable(folder / "verifiable.png", rows, points)
     write_table(folder, rows, dataclasses.asdict(config) | {"seconds": time.perf_counter() - start})
 
