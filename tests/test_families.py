@@ -55,7 +55,9 @@ def test_settings_survive_the_way_out_and_in(name):
     assert to_settings(config, 3)["eos_token_id"] == 3
 
 
-@every_family
+@pytest.mark.parametrize(
+    "name", [name if config.windows else pytest.param(name, marks=pytest.mark.slow) for name, config in CONFIGS.items()]
+)
 def test_decoding_with_either_cache_agrees_with_reading_the_whole(name):
     """Windows, caps and scaled embeddings mean the same in a cache, a ring, packed rows and a padded batch."""
     config, sampling = CONFIGS[name], Sampling(length=12, group_size=2)

@@ -215,6 +215,7 @@ def test_several_devices_do_what_one_does(sizes, remat, put_reference):
         np.testing.assert_allclose(array, one, rtol=1e-3, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_samples_what_it_learns_from():
     """Adapters far below the rounding of the matrices still count, to the sampler and to the learner."""
     config = dataclasses.replace(CONFIG, dtype="bfloat16")

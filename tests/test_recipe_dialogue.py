@@ -74,8 +74,11 @@ def test_recipe_writes_a_table_a_figure_and_examples_and_goes_on_where_it_stoppe
     assert rows["originality"]["before"]["value"] > 0.5 and rows["wins by VADER"]["before"] is None
     assert (folder / "policies.png").read_bytes()[:4] == b"\x89PNG"
     assert (folder / "examples.md").read_text().count("\n## ") == 8
-    metrics = [json.loads(line) for line in (folder / "warning/metrics.jsonl").read_text().splitlines()]
-    assert len(metrics) == 1 and metrics[0]["gold"] != metrics[0]["reward"]
+    runs = ((folder / run / "metrics.jsonl").read_text().splitlines() for run in ("after", "warning"))
+    after, warning = ([json.loads(line) for line in lines] for lines in runs)
+    assert [row["step"] for row in after] == [0, 1, 2] and "gold" not in after[0]
+    originality = warning[0]["gold"] - warning[0]["reward"]  # of weight 1, and the whole reward has it too
+    assert len(warning) == 1 and 0.5 < originality <= 1 and warning[0]["gold"] == pytest.approx(after[0]["reward"])
     with pytest.raises(InputError, match="exists"):
         recipe.main(config)
     recipe.main(dataclasses.replace(config, writing=dataclasses.replace(config.writing, resume=True)))

@@ -69,8 +69,19 @@ def config(tmp_path, monkeypatch):
     return recipe.Config(writing=Writing(dropped=dropped, dropped_steps=1, reinforce=SMALL, results=tmp_path / "story"))
 
 
-def test_recipe_writes_a_table_a_figure_and_examples(config):
+def test_recipe_writes_a_table_a_figure_and_examples(config, monkeypatch):
+    seen, make_fit = [], writing.make_fit
+
+    def watched(policy):
+        fit = make_fit(policy)
+        return lambda index, batch: seen.append(batch) or fit(index, batch)
+
+    monkeypatch.setattr(writing, "make_fit", watched)
     recipe.main(config)
+    for rollout, others, mask in seen:  # completions of another opening, two of each
+        prompts = np.where(rollout.prompt_mask, rollout.prompts, -1)
+        np.testing.assert_array_equal(np.where(mask, others, -1), np.roll(prompts, 2, axis=0))
+    assert len(seen) == 3
     rows = {row["measure"]: row for row in json.loads((config.writing.results / "table.json").read_text())}
     assert [*rows["tone"]][1:] == ["before", "after", "without coherence, variety, originality"]
     assert {"coherence", "wins by nearness to the passage's", "wins by fit, nats"} <= set(rows)

@@ -242,8 +242,9 @@ def test_table_and_curves_are_those_of_the_completions():
 
 
 def test_each_completion_is_checked_by_its_own_problem(tmp_path, monkeypatch):
-    held_out = [tasks.Problem("", "", answer, "", "") for answer in ("5", "6")]
-    said = {2: ["<answer>5</answer>", "<answer>6</answer>", "5", "<answer>6</answer>"], 1: ["<answer>5</answer>"] * 2}
+    held_out = [tasks.Problem("", "", answer, "", "") for answer in ("ab", "cd")]
+    tagged = [f"<answer>{text}</answer>" for text in ("ab", "ad", "cd")]  # of which the second is half right
+    said = {2: [*tagged[:2], "cd", tagged[2]], 1: tagged[:1] * 2}
 
     def complete(policy, reference, prompts, rewards, sampling, key, stage):
         assert (prompts, sampling.eos, sampling.temperature) == ("held out", (7,), float(sampling.group_size == 2))
@@ -253,7 +254,7 @@ def test_each_completion_is_checked_by_its_own_problem(tmp_path, monkeypatch):
 
     monkeypatch.setattr(recipe, "complete", complete)
     policy, problems = Policy({}, None, None, (7,)), recipe.Problems([], held_out, Prompts("train", "held out"), {})
-    found = recipe.measure(small(tmp_path), ADDITION, policy, policy, problems, 2, None)
+    found = recipe.measure(small(tmp_path), SORTING, policy, policy, problems, 2, None)
     assert found.right.tolist() == [[True, False], [False, True]] and found.greedy.tolist() == [[True], [False]]
     assert found.formatted.tolist() == [[True, True], [False, True]] and found.lengths.tolist() == [[3, 4], [1, 2]]
     assert found.texts == said[2]

@@ -64,7 +64,7 @@ def line(measured: Sequence[Measured], most: int) -> dict[str, Any]:
     right, greedy, formatted, lengths, kl = arrays
     found: dict[str, Any] = {"accuracy": share_interval(right), "greedy accuracy": share_interval(greedy)}
     for k in powers(most)[1:]:
-        found[f"pass@{k}"] = share_interval(np.stack([pass_at_k(measured[0].right, k) for each in measured], axis=1))
+        found[f"pass@{k}"] = share_interval(np.stack([pass_at_k(each.right, k) for each in measured], axis=1))
     found["format"] = share_interval(formatted)
     for name, chosen in (("right", lengths[right]), ("wrong", lengths[~right])):
         found[f"length of {name}"] = float(chosen.mean()) if chosen.size else math.nan
