@@ -32,8 +32,9 @@ def test_parts_of_the_reward():
     replies = ["The cat sat on the mat.", "The cat, the cat? The sat and then all of that, so.", "No"]
     found = recipe.make_parts(embed_letters, rarity)(turns, replies)
     assert list(found) == [field.name for field in dataclasses.fields(recipe.Weights)]
-    np.testing.assert_allclose(found["relevance"][0], 1, atol=1e-6)
-    assert found["relevance"][2] < 0.3
+    far = embed_letters([turns[0].prompt, "No"])
+    np.testing.assert_allclose(found["relevance"], [1, 1, far[0] @ far[1] / 0.6], atol=1e-6)
+    assert found["relevance"][2] < 0.5
     rare = 1  # of cat and sat; of the, 0; the others are not known
     np.testing.assert_allclose(found["specificity"], [2 * rare / 6, 3 * rare / 12, 0])
     np.testing.assert_array_equal(found["question"], [0, 1, 0])
@@ -63,7 +64,9 @@ def config(tmp_path, monkeypatch):
     return recipe.Config(instruction="Hi.", writing=settings)
 
 
-def test_recipe_writes_a_table_a_figure_and_examples_and_goes_on_where_it_stopped(config):
+def test_recipe_writes_a_table_a_figure_and_examples_and_goes_on_where_it_stopped(config, monkeypatch):
+    drawn, draw_writing = [], writing.draw_writing
+    monkeypatch.setattr(writing, "draw_writing", lambda *args: drawn.append(args) or draw_writing(*args))
     recipe.main(config)
     folder, name = config.writing.results, "without originality"
     table = json.loads((folder / "table.json").read_text())
@@ -77,8 +80,10 @@ def test_recipe_writes_a_table_a_figure_and_examples_and_goes_on_where_it_stoppe
     runs = ((folder / run / "metrics.jsonl").read_text().splitlines() for run in ("after", "warning"))
     after, warning = ([json.loads(line) for line in lines] for lines in runs)
     assert [row["step"] for row in after] == [0, 1, 2] and "gold" not in after[0]
-    originality = warning[0]["gold"] - warning[0]["reward"]  # of weight 1, and the whole reward has it too
+    originality = (warning[0]["gold"] - warning[0]["reward"]) / 2  # the whole reward has it too, with the weight 2
     assert len(warning) == 1 and 0.5 < originality <= 1 and warning[0]["gold"] == pytest.approx(after[0]["reward"])
+    whole = {side: [row["whole"] for row in rows] for side, rows in drawn[0][1].items()}
+    assert whole == {"after": [row["reward"] for row in after], name: [warning[0]["gold"]]}
     with pytest.raises(InputError, match="exists"):
         recipe.main(config)
     recipe.main(dataclasses.replace(config, writing=dataclasses.replace(config.writing, resume=True)))

@@ -35,7 +35,7 @@ def policy():
 def test_words_and_sentences_of_a_text():
     assert parts.words_of("Don’t say it's 3 o'clock — NOW!") == ["don’t", "say", "it's", "o'clock", "now"]
     text = 'He said: "Stop." Then he left... Why? … So it'
-    assert parts.sentences_of(text) == ['He said: "Stop.', "Then he left...", "Why?", "So it"]
+    assert parts.sentences_of(text) == ['He said: "Stop."', "Then he left...", "Why?", "So it"]
     assert parts.sentences_of("") == parts.sentences_of("...") == []
     assert [parts.is_finished(x) for x in ("So.", 'So?" ', "So!)", "So", "So, ", "")] == [True] * 3 + [False] * 3
     assert [parts.asks(x) for x in ("Is it? Yes.", 'He said "so?"', "So.", "?", "Well ?")] == [

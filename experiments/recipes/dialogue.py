@@ -52,22 +52,23 @@ CORPUS = "chitchat"
 OPENING = 4  # turns of a conversation among which a message is looked for
 MESSAGE = (6, 25)  # words of a message that can be answered, mostly, without what came before it
 REPLY = 3  # fewest words of a person's reply to it
+NEAR = 0.6  # cosine of a message and a reply that is near enough
 WORDS, MARGIN = (8, 24), 8  # words of a reply, from and to; so many beyond, its length is worth nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """The parts of the reward. All but the first lie in [0, 1]."""
+    """The parts of the reward, each at most 1."""
 
-    relevance: float = 2.0
-    """Cosine of the embeddings of the message and the reply."""
-    specificity: float = 2.0
+    relevance: float = 1.0
+    """Cosine of the embeddings of the message and the reply, over 0.6; what is nearer than that is not the better."""
+    specificity: float = 3.0
     """Mean rarity of the reply's words, by the people's messages."""
     question: float = 0.2
     """Whether the reply asks something."""
     variety: float = 1.0
     """One less the share of the reply's pairs of words that it has had before."""
-    originality: float = 1.0
+    originality: float = 2.0
     """One less the share of the reply's pairs of words that the message has."""
     length: float = 0.5
     """Whether the reply is a whole sentence, and has from 8 to 24 words."""
@@ -109,7 +110,7 @@ def make_parts(embed: EmbedFn, rarity: Mapping[str, float]) -> PartsFn:
     """What `Weights` speaks of, by its names.
 
     Args:
-        embed: of sentences.
+        embed: of texts.
         rarity: of words.
     """
 
@@ -119,7 +120,7 @@ def make_parts(embed: EmbedFn, rarity: Mapping[str, float]) -> PartsFn:
             within(len(words), *WORDS, MARGIN) * is_finished(text) for words, text in zip(said, replies, strict=True)
         ]
         return {
-            "relevance": cosines(embed, [turn.prompt for turn in turns], replies),
+            "relevance": np.minimum(cosines(embed, [turn.prompt for turn in turns], replies) / NEAR, 1),
             "specificity": np.array([specificity(words, rarity) for words in said]),
             "question": np.array([float(asks(reply)) for reply in replies]),
             "variety": np.array([1 - repeated_share(words) for words in said]),

@@ -1,12 +1,14 @@
 """RL on problems whose answers can be checked: a policy that learned from an unreliable teacher comes to be right.
 
     python experiments/recipes/verifiable.py
-    python experiments/recipes/verifiable.py --task sorting --estimators rloo --seeds 1
-    python experiments/recipes/verifiable.py --model smollm2 --task addition:1 --problems 54 --held-out 22 --points 1 \
-        --seeds 1 --estimators rloo --reinforce.lora.rank 8 --reinforce.temperature 0.7 --reinforce.completion-length 12
+    python experiments/recipes/verifiable.py --task sorting --estimators rloo --seeds 1  # and with --task counting
+    python experiments/recipes/verifiable.py --model smollm2 --task addition:1 --problems 54 --held-out 22 --samples 4 \
+        --points 1 --seeds 1 --estimators rloo --reinforce.lora.rank 8 --reinforce.learning-rate 2e-3 \
+        --reinforce.prompts 8 --reinforce.group-size 4 --reinforce.steps 20 --reinforce.completion-length 12 \
+        --reinforce.temperature 0.7
 
-Two cores of an AMD EPYC, JAX 0.10.2, the first command: 6 minutes of processor time, where JAX_COMPILATION_CACHE_DIR
-lets the seeds share their programs.
+Two cores of an Intel Xeon, JAX 0.10.2: 6 minutes of processor time for the first command, where JAX_COMPILATION_CACHE_DIR
+lets its seeds share their programs, and 10 for the last; 2 minutes for each of the others.
 
 The set-up of R1-Zero (DeepSeek-AI 2025) and TinyZero in small: sums of two numbers, which claim nothing of reasoning. A
 policy of 110 thousand parameters is pretrained on a teacher's texts, such as
@@ -29,14 +31,23 @@ These are measured with 8 completions each. Intervals are 95 %, over problems; t
 
 Published (secondary notes): R1-Zero's accuracy on AIME 2024 rises from 15.6 to 71.0 %. Here it rises too, but what is
 learned was there: greedy decoding is right in 98.8 % before and in no more after, and RL takes the noise out of the
-samples, for 1.4 nats. Published (Yue 2025): RL raises pass@1 and lowers pass@k at large k. Up to k = 8 it is raised
-here; eight samples do not exhaust what the pretrained policy can do.
+samples, for 1.4 nats. So it is in sorting five letters (RLOO, one seed): 29.6 ± 2.3 % are right before and 85.4 ± 2.1 %
+after, greedily 94 ± 3 and 96 ± 2 %; there RL unlearns the steps, and right completions shrink from 16.8 tokens to 8.1.
+
+Published (Yue 2025): RL raises pass@1 and lowers pass@k at large k. Found in counting a letter (RLOO, one seed), which
+the pretrained policy does badly, greedily 35 ± 6 % before and 40 ± 6 % after: one of 1 is right in 26.5 ± 2.2 % before
+and 36.1 ± 4.1 % after, one of 8 in 84.4 ± 4.5 % and 70.3 ± 5.6 %. Up to k = 8 not found in sums, nor in sorting.
 
 Published (Liu 2025): GRPO, which divides by a completion's length, makes wrong completions longer, Dr. GRPO does not,
 and both are as accurate. Found in small, of GRPO without its KL: its wrong completions are longer than Dr. GRPO's, by
 2.0 ± 0.7 tokens after 15 updates (21.6 and 19.6) and 0.8 ± 0.6 after 60, paired by seed; right ones are as long in the
-end. But Dr. GRPO's grow as well before they shrink, since brief and unfinished ones go first, and GRPO ends 2.2 ± 2.1
-points less accurate.
+end. But Dr. GRPO's too are at first longer than before RL, and GRPO ends 2.2 ± 2.1 points less accurate.
+
+SmolLM2-135M-Instruct, asked in its chat template after one example: of the 55 sums of one-digit numbers 22 are held
+out, and LoRA of rank 8 learns from 32. Of four samples of each at temperature 0.7, 6.8 ± 6.1 % are right before, where
+58 ± 13 % keep the format, and 56 ± 20 % after 20 updates of 32 completions, where all keep it; greedily 32 ± 21 and
+59 ± 22 %. A KL of 3.9 nats leaves little variety: one of 4 is right in 64 ± 22 %. It is one run, at a learning rate at
+which its reward still went up and down.
 """
 
 import dataclasses

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.recipes.verifiable_tasks import Problem
+from rl_jax.best_of_n import best_of_n_weights
 from rl_jax.evaluation import mean_interval, share_interval
 
 BEFORE, ALL = "before RL", "all"  # the row of the policy that RL begins with; the rows of all seeds
@@ -39,18 +40,8 @@ Curves = Mapping[str, Sequence[Sequence[Measured]]]
 
 
 def pass_at_k(right: np.ndarray, k: int) -> np.ndarray:
-    """Chance that of k completions of a problem at least one is right, unbiased (Chen 2021, equation 1).
-
-    Args:
-        right: whether each of G completions is. bool [N, G].
-        k: from 1 to G.
-
-    Returns:
-        1 - C(G - c, k) / C(G, k) where c are right: the share of the subsets of k that have a right one. float64 [N].
-    """
-    group = right.shape[1]
-    missed = [math.comb(group - c, k) / math.comb(group, k) for c in range(group + 1)]
-    return 1 - np.array(missed)[right.sum(axis=1)]
+    """Chance that of k completions of each problem one is right (Chen 2021, eq. 1). bool [N, G] -> [N]."""
+    return np.sum(best_of_n_weights(right, k) * right, axis=1)
 
 
 def powers(most: int) -> list[int]:
