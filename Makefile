@@ -22,7 +22,7 @@ quickstart: $(VENV)/installed
 	@$(BIN)/python experiments/pipeline.py --run $(RUN) $(ARGS)
 
 chat: $(VENV)/installed-models
-	@$(BIN)/python experiments/generate.py --model smollm2 $(ARGS)
+	@$(BIN)/python experiments/generate.py --model smollm2 --temperature 0.2 --top-p 0.9 $(ARGS)
 
 models: $(VENV)/installed-models
 

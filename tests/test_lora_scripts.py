@@ -109,6 +109,7 @@ def test_fine_tuning(policy, tmp_path):
         finetune.main(dataclasses.replace(settings, finetune=wrong, run=tmp_path / "other"))
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_reward_models_on_one_base(policy, tmp_path):
     pairs = [{"prompt": f"{number}", "chosen": " abab", "rejected": " xyx"} for number in range(60)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), "utf-8")

@@ -64,6 +64,7 @@ def config(tmp_path, monkeypatch):
     return recipe.Config(instruction="Hi.", writing=settings)
 
 
+@pytest.mark.slow
 def test_recipe_writes_a_table_a_figure_and_examples_and_goes_on_where_it_stopped(config, monkeypatch):
     drawn, draw_writing = [], writing.draw_writing
     monkeypatch.setattr(writing, "draw_writing", lambda *args: drawn.append(args) or draw_writing(*args))

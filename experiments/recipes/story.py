@@ -83,7 +83,7 @@ class Config:
             prompts=8,
             prompt_length=56,
             completion_length=48,
-            steps=40,
+            steps=30,
             learning_rate=5e-4,
             lora=LoRA(rank=16),
             options=EstimatorOptions(kl_coefficient=0.03),

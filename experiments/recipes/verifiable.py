@@ -7,7 +7,7 @@
         --reinforce.prompts 8 --reinforce.group-size 4 --reinforce.steps 20 --reinforce.completion-length 12 \
         --reinforce.temperature 0.7
 
-Two cores of an Intel Xeon, JAX 0.10.2: 6 minutes of processor time for the first command, where JAX_COMPILATION_CACHE_DIR
+Two cores of an Intel Xeon, JAX 0.10.2: 6 minutes of processor time for the first, where JAX_COMPILATION_CACHE_DIR
 lets its seeds share their programs, and 10 for the last; 2 minutes for each of the others.
 
 The set-up of R1-Zero (DeepSeek-AI 2025) and TinyZero in small: sums of two numbers, which claim nothing of reasoning. A

