@@ -209,7 +209,8 @@ def finetune(
 def main(config: Config) -> None:
     start = time.perf_counter()
     check_run(config.run, config, config.resume)
-    policy = load_policy(config.policy, config.dtype, config.remat)
+    kept_in = config.finetune.lora.kept_in(config.dtype)
+    policy = load_policy(config.policy, config.dtype, config.remat, kept_in)
     rows = load_demonstrations(config.data, policy.tokenizer, policy.config.context)
     check(config.finetune, rows, config.seed)
     check_lora(config.finetune.lora, policy.config)

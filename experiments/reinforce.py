@@ -247,7 +247,8 @@ def reinforce(
 def main(config: Config) -> None:
     start = time.perf_counter()
     check_run(config.run, config, config.resume)
-    policy = load_policy(config.policy, config.dtype, config.remat)
+    kept_in = config.reinforce.lora.kept_in(config.dtype)
+    policy = load_policy(config.policy, config.dtype, config.remat, kept_in)
     reward, gold = make_reward(config.reward, policy.tokenizer), make_gold(config.gold, policy.tokenizer)
     if config.reinforce.prompt_file is not None and config.corpus != Config.corpus:
         raise InputError("corpus has no effect with prompt_file: leave one of them out.")

@@ -324,7 +324,7 @@ def train_reward(
 def main(config: Config) -> None:
     start = time.perf_counter()
     check_run(config.run, config, config.resume)
-    policy = load_policy(config.policy, config.dtype)
+    policy = load_policy(config.policy, config.dtype, params_dtype=config.learn.lora.kept_in(config.dtype))
     data = load_judgements(config.preferences, config.held_out, policy.tokenizer, policy.config.context)
     check(config.learn, policy.config, kind_of(data.train), len(data.train.labels), config.seed)
     sampling = Sampling(config.completion_length, config.normalize_completions, config.temperature, eos=policy.ends)

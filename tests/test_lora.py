@@ -248,5 +248,15 @@ def test_settings_that_cannot_be(settings, message):
         check_lora(LoRA(4, targets=("gate",)), CONFIGS["gpt2"])
 
 
+def test_what_is_not_trained_is_kept_in_the_compute_dtype():
+    assert [LoRA(rank).kept_in(dtype) for rank in (0, 4) for dtype in ("float32", "bfloat16")] == [
+        *("float32", "float32"),
+        *("float32", "bfloat16"),
+    ]
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    merged = merge_adapters(base, random_adapters(), 2.0)["block_0"]["mlp"]["up"]["kernel"]
+    assert merged.dtype == jnp.float32
+
+
 def test_alpha_is_twice_the_rank_or_what_is_given():
     assert (LoRA(4).scale, LoRA(8).scale, LoRA(4, alpha=2.0).scale, LoRA(8, alpha=2.0).scale) == (2, 2, 0.5, 0.25)

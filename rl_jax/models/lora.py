@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,10 @@ class LoRA:
     def scale(self) -> float:
         """What the product of an adapter's matrices is multiplied by."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
+
+    def kept_in(self, dtype: Literal["float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
+        """What the model's own matrices are kept in: the compute dtype, where they are not trained."""
+        return dtype if self.rank else "float32"
 
 
 WholeFn = Callable[[PyTree], PyTree]
