@@ -33,6 +33,7 @@ BANDIT = bandit_task(2, TINY.contexts, TINY.arms)
 PROBLEM = jax.tree.map(lambda x: x[0], BANDIT.problems)
 
 
+@pytest.mark.slow
 def test_results_are_written(tmp_path, capsys):
     config = dataclasses.replace(TINY, results=tmp_path / "compared", only=("RLOO k=4",))
     compare_estimators.main(config)

@@ -73,7 +73,7 @@ def generated(policy, sampling, key, prompt):
     return np.asarray(rollout.completions[0])[np.asarray(rollout.completion_mask[0])].tolist()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["llama", pytest.param("windows", marks=pytest.mark.slow)])
 def test_a_stream_samples_what_generate_does(name, monkeypatch):
     """Token for token, whether the prompt is read in one chunk or in several, or was read in part before."""
     monkeypatch.setattr(chatting, "CHUNK", 8)

@@ -178,7 +178,7 @@ def test_held_out_snippets_are_nowhere_else(config):
             texts = {text.tokenizer.decode(row[mask].tolist(), skip_special_tokens=True) for row, mask in rows}
             assert texts <= held_out if inside else not texts & held_out
     prompts = recipe.make_prompts(config.reinforce, text.tokenizer, text.held_out)
-    for tokens, mask in prompts:
+    for tokens, mask in (prompts.train, prompts.held_out):
         first = np.argmax(mask, axis=1)
         assert (tokens[np.arange(len(tokens)), first] == text.tokenizer.eos_token_id).all()
         for row, there in zip(tokens, mask, strict=True):

