@@ -202,7 +202,7 @@ def test_an_update_is_of_adapters_alone_and_of_all_of_them():
 @pytest.mark.parametrize(
     ("sizes", "remat", "put_reference"),
     [
-        ((8, 1, 1), True, put_shared),
+        pytest.param((8, 1, 1), True, put_shared, marks=pytest.mark.slow),
         pytest.param((2, 2, 2), False, put_model, marks=pytest.mark.slow),
         pytest.param((1, 1, 8), True, put_model, marks=pytest.mark.slow),
     ],

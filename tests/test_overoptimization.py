@@ -240,6 +240,7 @@ def finished(tmp_path_factory):
     return Finished(folder / "results", calls[-1])
 
 
+@pytest.mark.slow
 def test_results_are_written(finished):
     rows = json.loads((finished.folder / "table.json").read_text("utf-8"))
     lines = [(row["by"], row["varied"], row["pairs"], row["KL coefficient"], row["members"]) for row in rows]
@@ -264,6 +265,7 @@ def test_results_are_written(finished):
     assert "best of n" in (finished.folder / "table.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_rl_climbs_its_own_proxy_and_pays_for_divergence(finished):
     shapes, problem, tuning, length, spread_weight, rows = finished.called
     feature = np.where(np.arange(300) < 150, 3.0, -3.0)[:, None] * np.eye(8)[:1]  # that tells the tokens apart

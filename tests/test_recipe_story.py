@@ -69,6 +69,7 @@ def config(tmp_path, monkeypatch):
     return recipe.Config(writing=Writing(dropped=dropped, dropped_steps=1, reinforce=SMALL, results=tmp_path / "story"))
 
 
+@pytest.mark.slow
 def test_recipe_writes_a_table_a_figure_and_examples(config, monkeypatch):
     seen, make_fit = [], writing.make_fit
 
