@@ -42,7 +42,6 @@ TEMPLATE = (
 def render(request):
     if request.param == "plain":
         return plain_turns
-    pytest.importorskip("jinja2")
     tokenizer = train_tokenizer(["abab"], 258)
     tokenizer.chat_template = TEMPLATE
     return make_render(tokenizer)

@@ -22,8 +22,6 @@ from rl_jax.rollout import sequence_uniforms
 from rl_jax.run.spmd import make_mesh
 from rl_jax.sampling import Sampling
 
-pytest.importorskip("jinja2")
-
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

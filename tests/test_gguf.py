@@ -3,6 +3,8 @@
 import importlib.util
 import json
 
+import gguf
+import jax
 import numpy as np
 import pytest
 
@@ -13,10 +15,6 @@ from rl_jax.models.gguf import gguf_tokenizer, read_gguf
 from rl_jax.models.huggingface import load_policy
 from rl_jax.models.tensors import to_tensors
 from rl_jax.models.transformer import init_params
-
-gguf = pytest.importorskip("gguf")
-
-import jax  # noqa: E402
 
 VOCAB = 260
 CONFIGS = {

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 
 import jax
@@ -117,7 +116,6 @@ def test_conversations_are_a_prompt_and_what_follows_it(tmp_path, row, expected)
 def template(tokenizer, monkeypatch, function):
     """Gives the tokenizer a chat template that this function of messages and add_generation_prompt runs."""
     tokenizer.chat_template = "run by a function"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # as if jinja2 were there
 
     def apply(messages, tokenize, add_generation_prompt):
         assert not tokenize
@@ -149,13 +147,6 @@ def test_what_a_chat_template_refuses_is_a_broken_row(tmp_path, tokenizer, monke
         read(tmp_path, row, render=template(tokenizer, monkeypatch, refusing))
     with pytest.raises(InputError, match="line 1 has a prompt whose text is not what the text of the whole"):
         read(tmp_path, row, render=template(tokenizer, monkeypatch, lambda messages, _: str(len(messages))))
-
-
-def test_a_chat_template_needs_jinja2(tokenizer, monkeypatch):
-    tokenizer.chat_template = "{{ messages }}"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install jinja2"):
-        make_render(tokenizer)
 
 
 BROKEN = {

@@ -52,7 +52,6 @@ def chat_tokenizer(end="<|im_end|>"):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    pytest.importorskip("jinja2")
     return chat_tokenizer()
 
 
@@ -91,7 +90,6 @@ def test_prompt_and_completion_encoded_apart_are_the_whole_conversation(tokenize
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
 def test_completions_of_conversations_end_as_the_template_ends_a_turn(write, end):
-    pytest.importorskip("jinja2")
     tokenizer = chat_tokenizer(end)
     assert turn_end(tokenizer) == 301
     path = write({"messages": [user("ab"), assistant("abab")]}, {"prompt": "ab", "completion": "abab"})

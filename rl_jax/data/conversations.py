@@ -4,14 +4,12 @@ A message is {"role": "user", "content": "Hello"}. Its text is made by a functio
 plain lines, so that the text of a conversation is that of its prompt with that of the completion after it.
 """
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rl_jax.data.files import HALF_SURROGATE, SURROGATE
-from rl_jax.errors import InputError
 
 Message = Mapping[str, Any]
 """{"role": ..., "content": ...}, and whatever else a chat template reads."""
@@ -35,14 +33,9 @@ def make_render(tokenizer: PreTrainedTokenizerBase) -> Render:
 
     What a template puts after the last turn, white space and the end-of-sequence token, is left out: whoever encodes
     the text puts one such token there.
-
-    Raises:
-        InputError: there is a template, and jinja2, which runs it, is missing.
     """
     if not tokenizer.chat_template:
         return plain_turns
-    if importlib.util.find_spec("jinja2") is None:
-        raise InputError("the tokenizer's chat template needs jinja2: pip install jinja2")
     end = tokenizer.eos_token or ""
 
     def render(messages: Sequence[Message], open_turn: bool) -> str:
