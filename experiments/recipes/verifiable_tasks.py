@@ -164,7 +164,7 @@ def gym_task(name: str) -> Task:
     """
     if importlib.util.find_spec(GYM) is None:
         raise InputError(f"The tasks {GYM}:NAME are in the package reasoning-gym: pip install reasoning-gym==0.1.25")
-    from reasoning_gym.factory import DATASETS, create_dataset
+    from reasoning_gym.factory import DATASETS, create_dataset  # pyrefly: ignore[missing-import]
 
     if name not in DATASETS:
         raise InputError(f"reasoning-gym has no data set {name!r}; it has {', '.join(sorted(DATASETS))}.")
