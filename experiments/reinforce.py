@@ -22,12 +22,11 @@ import jax.numpy as jnp
 import optax
 import tyro
 
-from experiments.collect import Collected, make_collect, make_sample
+from experiments.collect import make_collect
 from experiments.compare import compare
 from experiments.complete import complete
-from experiments.gold import make_gold_metrics
-from experiments.judge import failures_kept, make_judge
-from experiments.mapped import UpdateFn, make_learning, make_update
+from experiments.gold import GoldMetrics, make_gold_metrics
+from experiments.judge import KeepFn, failures_kept, make_judge
 from experiments.options import chosen_estimator, describe_estimator
 from experiments.pretrain import held_out_passages
 from experiments.reinforcing import (
@@ -40,13 +39,13 @@ from experiments.reinforcing import (
     make_gold,
     make_sampling,
 )
+from experiments.rl_programs import make_programs
 from rl_jax.data.prompts import prompt_batch
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import init_state, make_optimizer
-from rl_jax.microbatch import sum_over_whole
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
-from rl_jax.models.layout import model_axes, put_model, put_shared, put_unchanged
+from rl_jax.models.layout import put_model, put_shared, put_unchanged
 from rl_jax.models.lora import make_tuning
 from rl_jax.models.peft import save_adapters
 from rl_jax.models.transformer import add_value_head
@@ -58,9 +57,11 @@ from rl_jax.run.loop import run_main, train
 from rl_jax.run.machine import Machine
 from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
-from rl_jax.run.spmd import AS_IT_IS, batch_parts, join_rows, make_mesh, pmapped, rows_here
-from rl_jax.scoring import make_score_fn
-from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
+from rl_jax.run.spmd import join_rows, make_mesh, rows_here
+from rl_jax.sampling import Sampling
+from rl_jax.types import PyTree, TrainState
+
+BETAS = (0.9, 0.95)  # of AdamW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,70 +115,22 @@ def reinforce(
             those of the first.
         rounds: equal parts of RL, each with a reward of its own.
     """
-    config, tokenizer, mesh = policy.config, policy.tokenizer, make_mesh()
-    sampling = make_sampling(settings, policy.ends)
+    config, mesh = policy.config, make_mesh()
+    sampling, tuning = make_sampling(settings, policy.ends), make_tuning(settings.lora, config)
     estimator = chosen_estimator(settings.estimator, settings.options, settings.group_size)
-    schedule = optax.linear_schedule(
-        settings.learning_rate / (settings.warmup + 1), settings.learning_rate, settings.warmup
+    rate = make_rate(settings)
+    optimizer = make_optimizer(  # whose steps are more than one in an update of several minibatches
+        lambda count: rate(jnp.asarray(count) // estimator.updates), settings.weight_decay, settings.clip_norm, BETAS
     )
-    optimizer = make_optimizer(
-        lambda count: schedule(jnp.asarray(count) // estimator.updates),
-        settings.weight_decay,
-        settings.clip_norm,
-        (0.9, 0.95),
-    )
-    tuning = make_tuning(settings.lora, config)
-    sample_whole = make_sample(config, sampling, reward, estimator.greedy, settings.slots)
-    learning = make_learning(config, sampling, mesh, settings.prompt_length, settings.tokens_at_once)
-
-    by_prompt = learning._replace(  # a gradient's noise is between those of one prompt each
-        make_score_fn=lambda ref_params: make_score_fn(ref_params, config, sampling), sum_parts=sum_over_whole
-    )
-    update = make_update(learning, estimator, optimizer, settings.group_size, whole=tuning.whole)
-    update_and_measure = make_update(
-        by_prompt, estimator, optimizer, settings.group_size, batch_parts(mesh), tuning.whole
-    )
-
-    def sample(
-        parts: tuple[PyTree, PyTree], reward_params: PyTree, key: Array, prompts: Array, mask: Array
-    ) -> Collected:
-        return sample_whole(tuning.sampled(*parts), reward_params, key, prompts, mask)
-
-    def learn(
-        state: TrainState, ref_params: PyTree, key: Array, collected: Collected, update: UpdateFn = update
-    ) -> tuple[TrainState, Metrics]:
-        (rollout, rewards), greedy = collected
-        rate = jnp.asarray(schedule(state.step))
-        greedy_rewards = None if greedy is None else jnp.repeat(greedy.rewards, settings.group_size)
-        state, metrics = update(state, ref_params, key, rollout, rewards, greedy_rewards)
-        return state, metrics | {"learning_rate": rate}
-
-    def learn_and_measure(
-        state: TrainState, ref_params: PyTree, key: Array, collected: Collected
-    ) -> tuple[TrainState, Metrics]:
-        return learn(state, ref_params, key, collected, update_and_measure)
-
-    def sample_and_learn(
-        state: TrainState, ref_params: PyTree, reward_params: PyTree, keys: Array, prompts: Array, mask: Array
-    ) -> tuple[TrainState, Metrics, Rollout]:
-        collected = sample((ref_params, state.params), reward_params, keys[0], prompts, mask)
-        return *learn(state, ref_params, keys[1], collected), collected.sampled.rollout
-
     params = tuning.begin(step_key(seed, Purpose.INIT, 1), policy.params)
     params = add_value_head(params, config) if estimator.critic else params
     state = put_model(init_state(params, optimizer, estimator.options.get("kl_coefficient", 0.0)), mesh)
-    axes = model_axes(state, mesh)
-    mapped_learn, mapped_measure = (
-        pmapped(fn, mesh, (AS_IT_IS, AS_IT_IS, None, 0), (axes, None), donate=(0,)) for fn in (learn, learn_and_measure)
-    )
-    mapped_step = pmapped(
-        sample_and_learn, mesh, (AS_IT_IS, AS_IT_IS, AS_IT_IS, None, 0, 0), (axes, None, 0), donate=(0,)
-    )
+    programs = make_programs(settings, config, sampling, estimator, optimizer, rate, tuning, reward, state)
     collect = make_collect(
-        sample,
+        programs.sample,
         prompts.train,
         reward,
-        tokenizer,
+        policy.tokenizer,
         batch_size=settings.prompts,
         group_size=settings.group_size,
         rounds=estimator.sampling_rounds,
@@ -186,16 +139,8 @@ def reinforce(
     )
     reference = compute_params(policy.params, config)  # which is never changed, so that one copy of it serves
     ref_params = (put_shared if settings.reference == "shared" else put_unchanged)(reference, mesh)
-    reward_params = {1: put_model(reward.params, mesh)}
-    own, gold_metrics = rows_here(settings.prompts, mesh), None
-    if gold is not None:
-        key = step_key(seed, Purpose.REFERENCE)
-        with failures_kept("reference", writer.keep) as failures:
-            judges = {
-                name: make_judge(each, tokenizer, failures) for name, each in (("reward", reward), ("gold", gold))
-            }
-            before = complete(policy, None, prompts.held_out, judges, sampling, key, "reference").rewards
-        gold_metrics = make_gold_metrics(gold, tokenizer, before["gold"], before["reward"], writer.keep)
+    reward_params, own = {1: put_model(reward.params, mesh)}, rows_here(settings.prompts, mesh)
+    gold_metrics = measure_reference(policy, reward, gold, prompts, sampling, seed, writer.keep) if gold else None
 
     def tuned(state: TrainState) -> PyTree:
         return tuning.merged(policy.params, state.params)
@@ -217,12 +162,13 @@ def reinforce(
         if reward.on_text is None and estimator.sampling_rounds == 1 and not measure:
             keys = jnp.stack([step_key(seed, Purpose.SAMPLE, number), shuffle])
             batch = join_rows(prompt_batch(*prompts.train, settings.prompts, seed, number, own), mesh)
-            state, metrics, rollout = mapped_step(state, ref_params, judge_params, keys, *batch)
+            state, metrics, rollout = programs.sample_and_learn(state, ref_params, judge_params, keys, *batch)
         else:
             collected, rollout, selection = collect((ref_params, state.params), judge_params, number)
-            state, metrics = (mapped_measure if measure else mapped_learn)(state, ref_params, shuffle, collected)
+            learn = programs.learn_and_measure if measure else programs.learn
+            state, metrics = learn(state, ref_params, shuffle, collected)
             metrics |= selection
-        return state, metrics | (gold_metrics(number, rollout, metrics["reward"]) if gold_metrics else {})
+        return state, {**metrics, **(gold_metrics(number, rollout, metrics["reward"]) if gold_metrics else {})}
 
     identity = dataclasses.asdict(settings) | {"model": dataclasses.asdict(config), "reward": reward.name, "seed": seed}
     checkpoints = open_checkpoints(run / "checkpoints/rl", identity)
@@ -242,6 +188,25 @@ def reinforce(
     if settings.lora.rank:
         save_adapters(run / "adapters", state.params, settings.lora, config, policy.place)
     return policy._replace(params=tuned(state))
+
+
+def make_rate(settings: Reinforcing) -> optax.Schedule:
+    """The learning rate of each update: it rises to its height, and stays there."""
+    height, warmup = settings.learning_rate, settings.warmup
+    return optax.linear_schedule(height / (warmup + 1), height, warmup)
+
+
+def measure_reference(
+    policy: Policy, reward: Reward, gold: Reward, prompts: Prompts, sampling: Sampling, seed: int, keep: KeepFn
+) -> GoldMetrics:
+    """What measures a gold reward in each step, from where the reference policy stands on the held-out prompts."""
+    with failures_kept("reference", keep) as failures:
+        judges = {
+            name: make_judge(each, policy.tokenizer, failures) for name, each in (("reward", reward), ("gold", gold))
+        }
+        key = step_key(seed, Purpose.REFERENCE)
+        before = complete(policy, None, prompts.held_out, judges, sampling, key, "reference").rewards
+    return make_gold_metrics(gold, policy.tokenizer, before["gold"], before["reward"], keep)
 
 
 def main(config: Config) -> None:

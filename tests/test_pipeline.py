@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import collect, pipeline, pretrain, reinforce
+from experiments import collect, pipeline, pretrain, reinforce, rl_programs
 from experiments.compare import Comparing
 from experiments.options import EstimatorOptions
 from rl_jax.data.corpus import read_passages
@@ -71,13 +71,13 @@ def test_the_pipeline_writes_what_the_readme_says(config):
 @pytest.fixture
 def programs(monkeypatch):
     """How often each program of the scripts was compiled, where it was called at all."""
-    compiled, pmapped = {}, reinforce.pmapped
+    compiled, pmapped = {}, rl_programs.pmapped
 
     def counting(fn, *args, **kwargs):
         compiled[fn.__name__] = program = pmapped(fn, *args, **kwargs)
         return program
 
-    for module in (reinforce, collect, pretrain):
+    for module in (rl_programs, collect, pretrain):
         monkeypatch.setattr(module, "pmapped", counting)
     return lambda: {name: count for name, program in compiled.items() if (count := program._cache_size())}
 
