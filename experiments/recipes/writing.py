@@ -41,6 +41,7 @@ from rl_jax.types import Array, PyTree, Rollout
 BEFORE, AFTER = "before", "after"
 FIT, NATS = "fit, nats", "surprise, nats"  # of a token, by the policy before RL
 EXAMPLES = 16  # prompts whose completions are written to examples.md
+TIME_LIMIT = 1800.0  # seconds of a reward, whose embeddings wait for the update that the device has begun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,7 @@ def make_writing_reward(task: Task, weights: Weights) -> Reward:
         return sum(weight * float(parts[name][0]) for name, weight in weights.items())
 
     name = " + ".join(f"{weight:g} {part}" for part, weight in weights.items())
-    return Reward(name, None, writing, rows=task.prompts.rows)
+    return Reward(name, None, writing, rows=task.prompts.rows, time_limit=TIME_LIMIT)
 
 
 def total(parts: Mapping[str, np.ndarray], weights: Weights) -> np.ndarray:
