@@ -32,9 +32,9 @@ def test_parts_of_the_reward():
     replies = ["The cat sat on the mat.", "The cat, the cat? The sat and then all of that, so.", "No"]
     found = recipe.make_parts(embed_letters, rarity)(turns, replies)
     assert list(found) == [field.name for field in dataclasses.fields(recipe.Weights)]
-    far = embed_letters([turns[0].prompt, "No"])
-    np.testing.assert_allclose(found["relevance"], [1, 1, far[0] @ far[1] / 0.6], atol=1e-6)
-    assert found["relevance"][2] < 0.5
+    message, *others = embed_letters([turns[0].prompt, *replies])
+    np.testing.assert_allclose(found["relevance"], np.array(others) @ message, atol=1e-6)
+    assert found["relevance"][0] > 0.999 and found["relevance"][2] < 0.3
     rare = 1  # of cat and sat; of the, 0; the others are not known
     np.testing.assert_allclose(found["specificity"], [2 * rare / 6, 3 * rare / 12, 0])
     np.testing.assert_array_equal(found["question"], [0, 1, 0])

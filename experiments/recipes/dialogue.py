@@ -79,7 +79,6 @@ CORPUS = "chitchat"
 OPENING = 4  # turns of a conversation among which a message is looked for
 MESSAGE = (6, 25)  # words of a message that can be answered, mostly, without what came before it
 REPLY = 3  # fewest words of a person's reply to it
-NEAR = 0.6  # cosine of a message and a reply that is near enough
 WORDS, MARGIN = (8, 24), 8  # words of a reply, from and to; so many beyond, its length is worth nothing
 
 
@@ -87,9 +86,9 @@ WORDS, MARGIN = (8, 24), 8  # words of a reply, from and to; so many beyond, its
 class Weights:
     """The parts of the reward, each at most 1."""
 
-    relevance: float = 1.0
-    """Cosine of the embeddings of the message and the reply, over 0.6; what is nearer than that is not the better."""
-    specificity: float = 3.0
+    relevance: float = 2.0
+    """Cosine of the embeddings of the message and the reply."""
+    specificity: float = 2.0
     """Mean rarity of the reply's words, by the people's messages."""
     question: float = 0.2
     """Whether the reply asks something."""
@@ -147,7 +146,7 @@ def make_parts(embed: EmbedFn, rarity: Mapping[str, float]) -> PartsFn:
             within(len(words), *WORDS, MARGIN) * is_finished(text) for words, text in zip(said, replies, strict=True)
         ]
         return {
-            "relevance": np.minimum(cosines(embed, [turn.prompt for turn in turns], replies) / NEAR, 1),
+            "relevance": cosines(embed, [turn.prompt for turn in turns], replies),
             "specificity": np.array([specificity(words, rarity) for words in said]),
             "question": np.array([float(asks(reply)) for reply in replies]),
             "variety": np.array([1 - repeated_share(words) for words in said]),
