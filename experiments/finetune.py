@@ -39,6 +39,7 @@ from rl_jax.run.machine import Machine
 from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
 from rl_jax.run.spmd import AS_IT_IS, join_rows, make_mesh, pmapped, rows_here
+from rl_jax.run.tracking import Tracker
 from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, TrainState
 
 CURVE_ROWS = 256  # held-out rows behind a point of the curve; the summary has them all
@@ -84,6 +85,8 @@ class Config:
     """Folder that the run writes to."""
     resume: bool = False
     """Continue the run in that folder from its last checkpoint."""
+    track: Tracker | None = None
+    """Send the metrics to Weights & Biases or to trackio as well."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What activations are computed in; parameters are float32."""
     remat: bool = False
@@ -215,7 +218,7 @@ def main(config: Config) -> None:
     check(config.finetune, rows, config.seed)
     check_lora(config.finetune.lora, policy.config)
     run = open_run(config.run, "experiments/finetune.py", config)
-    writer = open_metrics(run)
+    writer = open_metrics(run, config.track)
     with report_if_stopped(run):
         tuned, summary = finetune(config.finetune, policy, rows, config.seed, run, writer)
     writer.close()

@@ -48,6 +48,7 @@ from rl_jax.run.loop import run_main
 from rl_jax.run.machine import Machine
 from rl_jax.run.metrics import open_metrics
 from rl_jax.run.results import report_if_stopped, timed, write_results
+from rl_jax.run.tracking import Tracker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Config:
     """Folder that the run writes to."""
     resume: bool = False
     """Continue the run in that folder from its last checkpoint."""
+    track: Tracker | None = None
+    """Send the metrics to Weights & Biases or to trackio as well."""
     corpus: str = "bbe"
     """bbe (Bible in Basic English), sotu or chitchat; a .txt, .jsonl or .parquet file, or a folder of them; or a data
     set of the hub (org/name:split)."""
@@ -96,7 +99,7 @@ def main(config: Config) -> None:
     sampling = make_sampling(rl, base.ends if base else (text.tokenizer.eos_token_id,))
     run = open_run(config.run, "experiments/pipeline.py", config, estimator=estimator)
     save_tokenizer(run / "policy", text.tokenizer)
-    writer = open_metrics(run)
+    writer = open_metrics(run, config.track)
     with timed(seconds, "pretrain"), report_if_stopped(run):
         policy, summary = pretrain(config.pretrain, text, seed, run, writer, base)
     policy = policy._replace(place=save_policy(run / "pretrained", policy))

@@ -40,6 +40,7 @@ from rl_jax.run.machine import Machine
 from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
 from rl_jax.run.spmd import AS_IT_IS, batch_parts, join_rows, make_mesh, pmapped, rows_here
+from rl_jax.run.tracking import Tracker
 from rl_jax.types import Array, Metrics, PyTree, TrainState
 
 HELD_OUT = 0.1  # share of the passages that pretraining never sees; RL takes its prompts from them
@@ -103,6 +104,8 @@ class Config:
     """Folder that the run writes to."""
     resume: bool = False
     """Continue the run in that folder from its last checkpoint."""
+    track: Tracker | None = None
+    """Send the metrics to Weights & Biases or to trackio as well."""
     corpus: str = "bbe"
     """bbe (Bible in Basic English), sotu or chitchat; a .txt, .jsonl or .parquet file, or a folder of them; or a data
     set of the hub (org/name:split)."""
@@ -297,7 +300,7 @@ def main(config: Config) -> None:
     check(config.pretrain, text, config.seed)
     run = open_run(config.run, "experiments/pretrain.py", config)
     save_tokenizer(run / "policy", text.tokenizer)
-    writer = open_metrics(run)
+    writer = open_metrics(run, config.track)
     with report_if_stopped(run):
         policy, summary = pretrain(config.pretrain, text, config.seed, run, writer, given)
     writer.close()

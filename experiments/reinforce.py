@@ -58,6 +58,7 @@ from rl_jax.run.machine import Machine
 from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
 from rl_jax.run.spmd import join_rows, make_mesh, rows_here
+from rl_jax.run.tracking import Tracker
 from rl_jax.sampling import Sampling
 from rl_jax.types import PyTree, TrainState
 
@@ -77,6 +78,8 @@ class Config:
     """Folder that the run writes to."""
     resume: bool = False
     """Continue the run in that folder from its last checkpoint."""
+    track: Tracker | None = None
+    """Send the metrics to Weights & Biases or to trackio as well."""
     corpus: str = "bbe"
     """Where prompts come from without a prompt_file, as for pretraining: its held-out passages."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -224,7 +227,7 @@ def main(config: Config) -> None:
     check_text_reward(gold, prompts, policy.tokenizer)
     estimator = describe_estimator(rl.estimator, rl.options, rl.group_size)
     run = open_run(config.run, "experiments/reinforce.py", config, estimator=estimator)
-    writer = open_metrics(run)
+    writer = open_metrics(run, config.track)
     with report_if_stopped(run):
         tuned = reinforce(rl, policy, reward, prompts, config.seed, run, writer, gold)
     writer.close()

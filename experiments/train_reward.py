@@ -54,6 +54,7 @@ from rl_jax.run.machine import Machine
 from rl_jax.run.metrics import MetricsWriter, open_metrics
 from rl_jax.run.results import report_if_stopped, write_results
 from rl_jax.run.spmd import AS_IT_IS, fetch, join_rows, make_mesh, pmapped, rows_here
+from rl_jax.run.tracking import Tracker
 from rl_jax.sampling import Sampling
 from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, Rollout, TrainState
 
@@ -124,6 +125,8 @@ class Config:
     """Folder that the run writes to."""
     resume: bool = False
     """Continue the run in that folder from its last checkpoint."""
+    track: Tracker | None = None
+    """Send the metrics to Weights & Biases or to trackio as well."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What activations are computed in; parameters are float32."""
     seed: int = 0
@@ -330,7 +333,7 @@ def main(config: Config) -> None:
     sampling = Sampling(config.completion_length, config.normalize_completions, config.temperature, eos=policy.ends)
     prompts = normalizing_prompts(config, data, policy.config)
     run = open_run(config.run, "experiments/train_reward.py", config)
-    writer = open_metrics(run)
+    writer = open_metrics(run, config.track)
     key = step_key(config.seed, Purpose.REFERENCE)
     reference = complete(policy, None, prompts, {}, sampling, key, "reference").rollout
     with report_if_stopped(run):

@@ -122,7 +122,7 @@ def test_rows_without_a_metric_are_absent_from_its_line():
     sparse = [{"step": step, "reward": 0.5} | ({"grad_snr": 2.0 - step} if step % 4 == 0 else {}) for step in range(9)]
     page = curves.curves({"rl": sparse})
     assert page.count("<svg ") == 2 and "not finite" not in page
-    steps, values = curves._line(sparse, "grad_snr")
+    steps, values = curves.read_line(sparse, "grad_snr")
     assert steps.tolist() == [0, 4, 8] and values.tolist() == [2.0, -2.0, -6.0]
     sparse[4]["critical_batch_size"] = None  # measured, and no signal was found
     assert "without a signal" not in curves.curves({"rl": sparse})

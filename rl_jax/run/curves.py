@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,19 +137,32 @@ def resting_value(name: str, values: np.ndarray) -> float | None:
     return rest if np.all(np.abs(values - rest) <= 1e-3 * abs(rest)) else None  # NaN is no rest
 
 
-def _line(rows: Rows, name: str) -> Line:
-    """Of the rows that have the metric; NaN where it was not finite."""
+def ordered(stages: Iterable[str]) -> list[str]:
+    """Those of the stages that have panels, in the order of the work."""
+    kinds = list(PANELS)
+    known = [stage for stage in stages if split_round(stage)[0] in kinds]
+    return sorted(known, key=lambda stage: (kinds.index(split_round(stage)[0]), split_round(stage)[1]))
+
+
+def read_line(rows: Rows, name: str) -> Line:
+    """A metric, of the rows that have it; NaN where it was not finite."""
     points = [(row["step"], finite(row[name])) for row in rows if name in row]
     return np.array([step for step, _ in points]), np.array([value for _, value in points], dtype=float)
 
 
-def _plot(axes: Any, name: str, steps: np.ndarray, values: np.ndarray, colour: str) -> None:
+def window_of(name: str, values: np.ndarray) -> int:
+    """How many rows a metric is averaged over: a twentieth of them, an odd number; 1 where it has few, or no noise."""
+    return 1 if name in UNSMOOTHED else max(1, len(values) // 20) | 1
+
+
+def _plot(axes: Any, name: str, line: Line, colour: str) -> None:
     """One metric: faint raw values beneath their centred mean, or the values alone where they are few."""
-    window = 1 if name in UNSMOOTHED else max(1, len(values) // 20) | 1
+    steps, values = line
+    window = window_of(name, values)
     marker = "o" if len(values) <= 30 else ""
-    for line, width, alpha in ((values, 0.7, 0.3), (smooth(values, window), 1.5, 1.0))[window == 1 :]:
-        kept = thin(line)
-        axes.plot(steps[kept], line[kept], marker=marker, ms=2.5, lw=width, alpha=alpha, color=colour)
+    for heights, width, alpha in ((values, 0.7, 0.3), (smooth(values, window), 1.5, 1.0))[window == 1 :]:
+        kept = thin(heights)
+        axes.plot(steps[kept], heights[kept], marker=marker, ms=2.5, lw=width, alpha=alpha, color=colour)
 
 
 def _inline(svg: str, prefix: str) -> str:
@@ -169,21 +182,27 @@ def draw(series: dict[str, Line], unit: str, prefix: str, log: bool = False) -> 
         prefix: begins every id in the SVG; one for each figure of a page.
         log: makes the vertical axis logarithmic where the positive values span a factor of ten.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     def fill(axes: Any) -> None:
-        for (name, (steps, values)), colour in zip(series.items(), COLOURS, strict=False):
-            _plot(axes, name, steps, values, colour)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        if log and (decades := _decades(series)) >= 1:
-            axes.set_yscale("log", nonpositive="clip")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=6))
-            axes.yaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}".replace("-", "−")))
+        for (name, line), colour in zip(series.items(), COLOURS, strict=False):
+            _plot(axes, name, line, colour)
+        set_ticks(axes, [values for _, values in series.values()], log)
 
     return draw_axes(fill, "step", unit, prefix)
+
+
+def set_ticks(axes: Any, drawn: Sequence[np.ndarray], log: bool = False, whole: bool = True) -> None:
+    """Round numbers along both axes, whole ones across; `log` is as in `draw`, for the values that are drawn."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    if log and (decades := _decades(drawn)) >= 1:
+        axes.set_yscale("log", nonpositive="clip")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=6))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if whole else f"{x:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}".replace("-", "−")))
 
 
 def draw_axes(fill: Callable[[Any], None], across: str, up: str, prefix: str) -> str:
@@ -209,9 +228,9 @@ def draw_axes(fill: Callable[[Any], None], across: str, up: str, prefix: str) ->
     return _inline(target.getvalue(), prefix)
 
 
-def _decades(series: dict[str, Line]) -> float:
+def _decades(drawn: Sequence[np.ndarray]) -> float:
     """Powers of ten that the positive finite values span."""
-    values = np.concatenate([values for _, values in series.values()])
+    values = np.concatenate(drawn)
     values = values[np.isfinite(values) & (values > 0)]
     return float(np.log10(values.max() / values.min())) if len(values) else 0.0
 
@@ -238,12 +257,10 @@ def curves(metrics: dict[str, Rows]) -> str:
     Args:
         metrics: the rows of each stage, sorted by "step"; a value may be None.
     """
-    kinds = list(PANELS)
-    known = [stage for stage in metrics if split_round(stage)[0] in kinds]
     grids = ""
-    for stage in sorted(known, key=lambda stage: (kinds.index(split_round(stage)[0]), split_round(stage)[1])):
+    for stage in ordered(metrics):
         panels = PANELS[split_round(stage)[0]]
-        lines = {name: _line(metrics[stage], name) for panel in panels for name in panel.series}
+        lines = {name: read_line(metrics[stage], name) for panel in panels for name in panel.series}
         still = {name: resting_value(name, values) for name, (_, values) in lines.items()}
         lines = {name: line for name, line in lines.items() if still[name] is None and np.isfinite(line[1]).any()}
         figures = "".join(_panel(panel, lines, f"{stage}-{number}") for number, panel in enumerate(panels))

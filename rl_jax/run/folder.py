@@ -16,6 +16,7 @@ from rl_jax.run.processes import is_first, on_first
 MAY_DIFFER = (
     "run",
     "resume",
+    "track",
     "machine",
     *(f"{r}.{x}" for r in ("reward", "gold") for x in ("time_limit", "on_failure")),
 )

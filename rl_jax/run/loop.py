@@ -19,6 +19,7 @@ from rl_jax.run.memory import keep_freed_memory
 from rl_jax.run.metrics import MetricsWriter
 from rl_jax.run.processes import agreed, are_several, leave, number
 from rl_jax.run.progress import Progress, show_progress
+from rl_jax.run.tracking import check_tracker
 from rl_jax.types import TrainState
 
 StepFn = Callable[[TrainState, int], tuple[TrainState, Mapping[str, Any]]]
@@ -141,7 +142,8 @@ def train(
 
 
 def run_main(main: Callable[[Any], None], config_class: type, args: Sequence[str] | None = None) -> NoReturn:
-    """Reads `config_class` from the command line, sets up its `machine`, if it has one, calls `main`, and exits.
+    """Reads `config_class` from the command line, sets up its `machine` and checks its `track`, if it has them, calls
+    `main`, and exits.
 
     Each of these but 0 shows its message on standard error, without a traceback:
 
@@ -162,6 +164,8 @@ def run_main(main: Callable[[Any], None], config_class: type, args: Sequence[str
         config = tyro.cli(config_class, args=args)
         if hasattr(config, "machine"):
             use_machine(config.machine)
+        if hasattr(config, "track"):
+            check_tracker(config.track)
         main(config)
     except InputError as error:
         _exit(2, f"error: {error}", "bold red")

@@ -1,4 +1,4 @@
-"""Every metric of every step: a row of metrics.jsonl, and the same in TensorBoard's event files."""
+"""Every metric of every step: a row of metrics.jsonl, and the same in TensorBoard's event files and a tracker."""
 
 import contextlib
 import importlib.metadata
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 import jax
 
 from rl_jax.run.processes import is_first
+from rl_jax.run.tracking import Tracked, Tracker, track
 
 if TYPE_CHECKING:
     from tensorboardX.event_file_writer import EventsWriter
@@ -28,6 +29,7 @@ class MetricsWriter(NamedTuple):
     folder: Path
     rows: TextIO
     events: "EventsWriter | None"
+    tracked: Tracked | None = None
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float | None]) -> None:
         """Writes one row, and flushes it: a killed run loses none. NaN, infinities and None become null.
@@ -52,6 +54,8 @@ class MetricsWriter(NamedTuple):
             self.events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
             if step % SYNC_EVERY == 0:
                 self.events.flush()
+        if self.tracked is not None:
+            self.tracked.write(stage, step, known)
 
     def keep(self, name: str, rows: Iterable[Mapping[str, str]]) -> Path:
         """Writes rows to a .jsonl of that name in the folder, and returns its path; each process has its own."""
@@ -67,10 +71,12 @@ class MetricsWriter(NamedTuple):
         with _naming(self.folder / "tensorboard"):
             if self.events is not None:
                 self.events.close()
+        if self.tracked is not None:
+            self.tracked.close()
 
 
-def open_metrics(folder: str | Path) -> MetricsWriter:
-    """Opens `folder`/metrics.jsonl and `folder`/tensorboard to append to them.
+def open_metrics(folder: str | Path, tracker: Tracker | None = None) -> MetricsWriter:
+    """Opens `folder`/metrics.jsonl and `folder`/tensorboard to append to them, and the run's place in a tracker.
 
     A resumed run may write the row of a step again; readers take the later one.
     """
@@ -82,7 +88,9 @@ def open_metrics(folder: str | Path) -> MetricsWriter:
     path = folder / "metrics.jsonl"
     _drop_half_written_row(path)
     (folder / "tensorboard").mkdir(exist_ok=True)
-    return MetricsWriter(folder, path.open("a", encoding="utf-8"), EventsWriter(str(folder / "tensorboard" / "events")))
+    events = EventsWriter(str(folder / "tensorboard" / "events"))
+    tracked = None if tracker is None else track(tracker, folder)
+    return MetricsWriter(folder, path.open("a", encoding="utf-8"), events, tracked)
 
 
 @contextlib.contextmanager

@@ -5,8 +5,10 @@ the rest, and every text that came from a file is escaped.
 """
 
 import importlib.resources
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from rl_jax.run.curves import curves
 from rl_jax.run.parting import parting_warning
@@ -34,9 +36,7 @@ PAGE = """<!doctype html>
 <h1>{name}</h1>
 <p class="headline">{headline}</p>
 </header>
-{warning}
-{figures}
-{sections}
+{body}
 </main>
 </body>
 </html>
@@ -70,12 +70,19 @@ def render(run: Run) -> str:
     warning = parting_warning(run.metrics)
     about = [run.config[name] for name in ("script", "device") if name in run.config]
     about += [f"seed {run.summary['seed']}"] if "seed" in run.summary else []
+    begin = f'<p class="warning"><strong>Warning.</strong> {escape(warning)}</p>' if warning else ""
+    return page(run.name, about, headline(run.summary, run.metrics), begin + figures(run.summary), sections)
+
+
+def page(name: str, about: Iterable[Any], headline: str, begin: str, sections: dict[str, str]) -> str:
+    """A page of HTML: its name, what it is about, and a headline, as text; then HTML, and sections of it by title.
+
+    A section that is empty is left out.
+    """
     return PAGE.format(
         css=importlib.resources.files("rl_jax.run").joinpath("report.css").read_text("utf-8"),
-        name=escape(run.name),
+        name=escape(name),
         about=escape(" · ".join(map(str, about))),
-        headline=escape(headline(run.summary, run.metrics)),
-        warning=warning and f'<p class="warning"><strong>Warning.</strong> {escape(warning)}</p>',
-        figures=figures(run.summary),
-        sections="\n".join(f"<section><h2>{h}</h2>{body}</section>" for h, body in sections.items() if body),
+        headline=escape(headline),
+        body="\n".join((begin, *(f"<section><h2>{h}</h2>{body}</section>" for h, body in sections.items() if body))),
     )

@@ -103,19 +103,27 @@ def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
     return (_show(value / size, _decimals([value / size])) if unit else f"{value:.0f}") + unit
 
 
-def _interval(summary: dict[str, Any], name: str) -> list[float]:
+def interval(summary: dict[str, Any], name: str) -> list[float]:
     """The two finite bounds of a measure's interval, [] where there are none."""
     known = [bound for bound in map(finite, summary.get(f"{name}_interval") or ()) if bound is not None]
     return known if len(known) == 2 else []
 
 
-def measured(summary: dict[str, Any], measure: Measure) -> Cells:
-    """A measure of a summary as text."""
+def _values(summary: dict[str, Any], measure: Measure) -> list[float]:
+    """The finite numbers of a measure, those of its intervals among them."""
+    names = (measure.before, measure.after)
+    known = [finite(summary.get(name)) for name in names]
+    return [
+        value for value in (*known, *interval(summary, names[0]), *interval(summary, names[1])) if value is not None
+    ]
+
+
+def measured(summary: dict[str, Any], measure: Measure, beside: Iterable[dict[str, Any]] = ()) -> Cells:
+    """A measure of a summary as text, with as many decimals as the summaries that it stands beside ask for too."""
     scale, mark = (100, "%") if measure.percent else (1, "")
     before, after = (finite(summary.get(name)) for name in (measure.before, measure.after))
-    bounds = [_interval(summary, name) for name in (measure.before, measure.after)]
-    known = [value for value in (before, after, *bounds[0], *bounds[1]) if value is not None]
-    decimals = _decimals(scale * value for value in known)
+    bounds = [interval(summary, name) for name in (measure.before, measure.after)]
+    decimals = _decimals(scale * value for each in (summary, *beside) for value in _values(each, measure))
 
     def number(value: float | None) -> str:
         return MISSING if value is None else _show(scale * value, decimals) + mark
@@ -188,7 +196,7 @@ def _reward_sentences(summary: dict[str, Any], cells: dict[str, Cells]) -> str:
 
 def _apart(summary: dict[str, Any], name: str) -> bool | None:
     """Whether the intervals before and after do not overlap; None where one is not known."""
-    before, after = (_interval(summary, f"{name}_{side}") for side in ("before", "after"))
+    before, after = (interval(summary, f"{name}_{side}") for side in ("before", "after"))
     return (before[1] < after[0] or after[1] < before[0]) if before and after else None
 
 
@@ -296,16 +304,16 @@ def times(summary: dict[str, Any], metrics: dict[str, Rows]) -> str:
     return rows and f'<table class="times"><tbody>{rows}</tbody></table>'
 
 
-def _flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
+def flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
     """Dotted names and texts of nested settings, in the order of the file."""
     if isinstance(value, dict) and value:
-        return [row for key, inner in value.items() for row in _flatten(inner, f"{name}.{key}" if name else key)]
+        return [row for key, inner in value.items() for row in flatten(inner, f"{name}.{key}" if name else key)]
     return [(name, value if isinstance(value, str) and value else json.dumps(value))]
 
 
 def _rows(title: str, values: dict[str, Any]) -> str:
     """A titled table of names and values, "" where there are none."""
-    rows = _flatten(values) if values else []
+    rows = flatten(values) if values else []
     body = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(text)}</td></tr>' for name, text in rows)
     return body and f'<div class="group"><h3>{escape(title)}</h3><table><tbody>{body}</tbody></table></div>'
 
