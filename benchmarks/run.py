@@ -1,8 +1,8 @@
 """Side by side with what people would pick instead, and with the machine's limit.
 
-    python benchmarks/run.py                                  everything, about 40 minutes on two cores
-    python benchmarks/run.py --quick                          under three minutes
-    python benchmarks/run.py --only rl_step.A startup         parts by the beginning of their names
+    python benchmarks/run.py                                  # everything, about 40 minutes on two cores
+    python benchmarks/run.py --quick                          # under three minutes
+    python benchmarks/run.py --only rl_step.A startup         # parts by the beginning of their names
 
 Writes table.json, table.md, settings.json and figures; each part's measurements are kept in the folder `parts`, so that
 a part measured anew joins the others. The parts: generation, rl_step and pretraining, each with a shape and a peer or a

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from writing_for_tests import SMALL, WORDS, embed_letters, tiny_policy
 
+from experiments.pretrain import Pretraining, held_out_passages
 from experiments.recipes import story as recipe
 from experiments.recipes import writing
 from experiments.recipes.writing import Turn, Writing
@@ -94,4 +95,45 @@ def test_recipe_writes_a_table_a_figure_and_examples(config, monkeypatch):
 def test_a_tone_that_vader_cannot_give_is_refused(config):
     with pytest.raises(InputError, match=r"tone is 1\.5"):
         recipe.main(dataclasses.replace(config, tone=1.5))
+    assert not config.writing.results.exists()
+
+
+@pytest.fixture
+def from_scratch(config, tmp_path):
+    """The same with a corpus in a file, of whose held-out passages a policy of its own continues some."""
+    passages = [
+        f"The {a} and the {b} and the {c} were by the way of the hill. And there was a {b} in the place of the {a}, "
+        f"and it was good for the {c} to be there."
+        for a, b, c in itertools.permutations(WORDS, 3)
+    ]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": passage}) + "\n" for passage in passages))
+    pretrain = Pretraining(vocab_size=280, context=80, layers=1, width=16, heads=2, batch_size=8, steps=3, warmup=1)
+    writing = dataclasses.replace(config.writing, policy="")
+    return dataclasses.replace(config, corpus=str(corpus), pretrain=pretrain, writing=writing)
+
+
+@pytest.mark.slow
+def test_a_policy_of_its_own_is_pretrained_on_what_is_not_continued(from_scratch):
+    recipe.main(from_scratch)
+    folder = from_scratch.writing.results
+    assert (folder / "pretrained/metrics.jsonl").read_text().count('"stage": "pretrain"') == 3
+    openings = {passage.split(". ")[0] + "." for passage in held_out_passages(from_scratch.corpus)}
+    asked = [line[3:] for line in (folder / "examples.md").read_text().splitlines() if line.startswith("## ")]
+    assert len(asked) == 8 and set(asked) <= openings
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"pretrain": Pretraining(steps=0)}, "steps is 0"),
+        ({"pretrain": Pretraining(model="smollm2")}, r"pretrain\.model has no effect"),
+        ({"pretrain": Pretraining(steps=2), "policy": "smollm2"}, "no effect on a policy that is given"),
+    ],
+)
+def test_pretraining_that_cannot_be_is_refused_before_anything_is_trained(from_scratch, changes, words):
+    policy = changes.pop("policy", "")
+    config = dataclasses.replace(from_scratch, **changes)
+    with pytest.raises(InputError, match=words):
+        recipe.main(dataclasses.replace(config, writing=dataclasses.replace(config.writing, policy=policy)))
     assert not config.writing.results.exists()

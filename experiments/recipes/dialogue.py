@@ -56,7 +56,7 @@ import tyro
 from experiments.compare import Comparing
 from experiments.options import EstimatorOptions
 from experiments.recipes.embeddings import EmbedFn, cosines, load_encoder, make_embed
-from experiments.recipes.writing import PartsFn, Task, Turn, Writing, improve, make_prompts
+from experiments.recipes.writing import PartsFn, Task, Turn, Writing, improve, load, make_prompts
 from experiments.recipes.writing_parts import (
     asks,
     copied_share,
@@ -186,7 +186,8 @@ def make_task(config: Config, policy: Policy) -> Task:
 
 def main(config: Config) -> None:
     weights = dataclasses.asdict(config.weights)
-    improve("experiments/recipes/dialogue.py", config, config.writing, weights, partial(make_task, config))
+    make, begin = partial(make_task, config), partial(load, config.writing)
+    improve("experiments/recipes/dialogue.py", config, config.writing, weights, make, begin)
 
 
 if __name__ == "__main__":

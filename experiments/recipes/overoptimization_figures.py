@@ -27,10 +27,11 @@ def draw_curves(path: Path, curves: dict[str, list[Curve]], name: Callable[[Line
                 d, gold, proxy = common_grid(curve)
                 band = np.array([(low, value, high) for value, low, high in map(over_seeds, gold.T)]).T
                 draw_band(axes, d, band, name(curve.line), colour)
-                axes.plot(d, proxy.mean(axis=0), color=colour, linewidth=1.1, linestyle=(0, (4, 2)))
+                proxy_label, fit_label = (f"_{kind}, {name(curve.line)}" for kind in ("proxy", "fit to gold"))
+                axes.plot(d, proxy.mean(axis=0), color=colour, linewidth=1.1, linestyle=(0, (4, 2)), label=proxy_label)
                 form = FORMS[method]
                 fitted = form(d) @ fit(form, curve.d.ravel(), curve.gold.ravel())
-                axes.plot(d, fitted, color=colour, linewidth=1.1, linestyle=(0, (1, 1.5)))
+                axes.plot(d, fitted, color=colour, linewidth=1.1, linestyle=(0, (1, 1.5)), label=fit_label)
                 lines += [band[1], proxy.mean(axis=0), fitted]
             axes.axhline(0, color=GREY, linewidth=0.7)
             low, high = np.nanmin(lines), np.nanmax(lines)  # a band of few seeds may be far wider

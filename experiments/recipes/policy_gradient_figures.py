@@ -12,8 +12,8 @@ from rl_jax.run.figures import GREY, PALETTE, open_figure
 def draw_errors(path: Path, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Error over the number of batches, both logarithmic: the unbiased falls for ever, the biased comes to rest."""
     with open_figure(path, ["Error of the mean of m batches"], 6.2, 4.2) as (axes,):
-        for (_, (counts, found)), colour in zip(curves.items(), PALETTE, strict=False):
-            axes.plot(counts, found, color=colour, linewidth=1.6)
+        for (name, (counts, found)), colour in zip(curves.items(), PALETTE, strict=False):
+            axes.plot(counts, found, color=colour, linewidth=1.6, label=name)
         ends = np.array([1.0, max(counts[-1] for counts, _ in curves.values())])
         guide = min(found[0] for _, found in curves.values()) / 2 / np.sqrt(ends)
         axes.plot(ends, guide, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -35,7 +35,7 @@ def draw_group_sizes(path: Path, rows: list[dict[str, Any]]) -> None:
             variance = [line["variance"] * line["group size"] / sizes[-1] for line in lines]
             along = [100 * line["bias along"].value for line in lines]
             for axes, values in ((variances, variance), (biases, along)):
-                axes.plot(sizes, values, color=colour, linewidth=1.6, marker="o", markersize=3.5)
+                axes.plot(sizes, values, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
             ends[label] = [(sizes[-1], variance[-1]), (sizes[-1], along[-1])]
         for number, axes in enumerate((variances, biases)):
             axes.set(xscale="log", xlabel="G, completions in a group", xticks=sizes, xticklabels=sizes)

@@ -28,8 +28,10 @@ import tyro
 
 from experiments.compare import Comparing
 from experiments.options import EstimatorOptions
+from experiments.pretrain import Pretraining, held_out_passages, load_text, model_config, pretrain
+from experiments.pretrain import check as check_pretraining
 from experiments.recipes.embeddings import EmbedFn, cosines, load_encoder, make_embed
-from experiments.recipes.writing import PartsFn, Task, Turn, Writing, improve, make_prompts
+from experiments.recipes.writing import PartsFn, Start, Task, Turn, Writing, improve, load, make_prompts
 from experiments.recipes.writing_parts import (
     copied_share,
     is_finished,
@@ -42,9 +44,9 @@ from experiments.reinforcing import Reinforcing
 from rl_jax.data.corpus import read_passages
 from rl_jax.errors import InputError
 from rl_jax.models.huggingface import Policy
-from rl_jax.models.lora import LoRA
 from rl_jax.rewards.text import sentiment
 from rl_jax.run.loop import run_main
+from rl_jax.run.metrics import open_metrics
 
 OPENING, REST = (10, 40), 15  # words of the sentences that open a passage, from and to, and fewest of what follows
 COSINE, SLACK = (0.3, 0.7), 0.3  # of sentences that hang together, from and to; so far beyond they are worth nothing
@@ -76,20 +78,19 @@ class Config:
     """The passages, as for pretraining: bbe, sotu, chitchat, or a path."""
     tone: float = 0.7
     """VADER's compound score of the continuation that is asked for, from -1 to 1."""
+    pretrain: Pretraining = Pretraining()
+    """A policy of the corpus's own, where no other is given; then its held-out passages alone are continued."""
     weights: Weights = Weights()
     writing: Annotated[Writing, tyro.conf.arg(name="")] = Writing(
+        policy="",
         dropped=("coherence", "variety", "originality"),
-        dropped_steps=8,
+        dropped_steps=120,
         reinforce=Reinforcing(
-            prompts=8,
-            prompt_length=56,
-            completion_length=40,
-            steps=18,
-            learning_rate=5e-4,
-            lora=LoRA(rank=16),
+            prompt_length=64,
+            completion_length=56,
+            steps=120,
             options=EstimatorOptions(kl_coefficient=0.03),
-            checkpoint_every=5,
-            compare=Comparing(prompts=32, completions=2),
+            compare=Comparing(prompts=64, completions=4),
         ),
         results=Path("results/story"),
     )
@@ -152,15 +153,41 @@ def make_task(config: Config, policy: Policy) -> Task:
     """Openings of passages, as they are, and how continuations are judged."""
     if not -1 <= config.tone <= 1:
         raise InputError(f"tone is {config.tone}; it must be from -1 to 1.")
-    turns = [turn for passage in read_passages(config.corpus) if (turn := opening_and_rest(passage))]
+    passages = read_passages(config.corpus) if config.writing.policy else held_out_passages(config.corpus)
+    turns = [turn for passage in passages if (turn := opening_and_rest(passage))]
     embed = make_embed(load_encoder())
     prompts = make_prompts(config.writing.reinforce, policy.tokenizer, turns, str)
     return Task(prompts, make_parts(embed, config.tone), make_judges(embed))
 
 
+def make_start(config: Config) -> Start:
+    """The policy that is named, or one to be pretrained on the corpus."""
+    settings, seed, dtype = config.pretrain, config.writing.seed, config.writing.dtype
+    if config.writing.policy:
+        if settings != Pretraining():
+            raise InputError("pretrain has no effect on a policy that is given: leave one of them out.")
+        return load(config.writing)
+    for name in ("model", "dtype"):
+        if getattr(settings, name) != getattr(Pretraining, name):
+            raise InputError(f"pretrain.{name} has no effect in this recipe: give {name} itself.")
+    settings = dataclasses.replace(settings, dtype=dtype)
+    text, shape = load_text(config.corpus, settings.vocab_size), model_config(settings)
+    check_pretraining(settings, text, seed)
+
+    def pretrain_in(folder: Path) -> Policy:
+        folder.mkdir(exist_ok=True)
+        writer = open_metrics(folder)
+        policy, _ = pretrain(settings, text, seed, folder, writer)
+        writer.close()
+        return policy
+
+    return Start(Policy(None, shape, text.tokenizer), pretrain_in)
+
+
 def main(config: Config) -> None:
     weights = dataclasses.asdict(config.weights)
-    improve("experiments/recipes/story.py", config, config.writing, weights, partial(make_task, config))
+    make, begin = partial(make_task, config), partial(make_start, config)
+    improve("experiments/recipes/story.py", config, config.writing, weights, make, begin)
 
 
 if __name__ == "__main__":

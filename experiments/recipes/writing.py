@@ -96,6 +96,18 @@ class Task(NamedTuple):
     judges: PartsFn
 
 
+class Start(NamedTuple):
+    """Where the policy comes from.
+
+    Attributes:
+        policy: with its tokenizer and configuration; its params are none yet where it has to be pretrained.
+        pretrain: does that in a folder from which it is resumed, for a policy that is not there yet.
+    """
+
+    policy: Policy
+    pretrain: Callable[[Path], Policy] | None = None
+
+
 class Written(NamedTuple):
     """What a policy wrote to the held-out prompts. [N, G] each but for `sampled`.
 
@@ -303,7 +315,19 @@ def check(settings: Writing, policy: Policy, task: Task, weights: Weights) -> No
     check_reinforcing(settings.reinforce, policy.config, reward, task.prompts, policy.tokenizer, settings.seed)
 
 
-def improve(script: str, config: Any, settings: Writing, weights: Weights, make_task: Callable[[Policy], Task]) -> None:
+def load(settings: Writing) -> Start:
+    """The policy that the settings name."""
+    return Start(load_policy(settings.policy, settings.dtype))
+
+
+def improve(
+    script: str,
+    config: Any,
+    settings: Writing,
+    weights: Weights,
+    make_task: Callable[[Policy], Task],
+    begin: Callable[[], Start],
+) -> None:
     """Tune a policy, and the warning, and write everything that is measured of them.
 
     Args:
@@ -312,13 +336,15 @@ def improve(script: str, config: Any, settings: Writing, weights: Weights, make_
         settings: those of them that are here, under the name of writing.
         weights: of the whole reward.
         make_task: what the policy is to write.
+        begin: what it starts from.
     """
     start, rl = time.perf_counter(), settings.reinforce
     check_run(settings.results, config, settings.resume, ("writing.results", "writing.resume"))
-    policy = load_policy(settings.policy, settings.dtype)
+    policy, pretrain = begin()
     task = make_task(policy)
     check(settings, policy, task, weights)
     folder = open_run(settings.results, script, config)
+    policy = pretrain(folder / "pretrained") if pretrain else policy
     rest = {name: weight for name, weight in weights.items() if name not in settings.dropped}
     warning, few = "without " + ", ".join(settings.dropped), dataclasses.replace(rl, steps=settings.dropped_steps)
     tuned = {

@@ -100,7 +100,7 @@ def _write_gpt2(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _read_decoder(
+def read_decoder(
     settings: Settings, own: Mapping[str, Any], *, activation: str = "silu", head_size: int = 0, tied: bool = False
 ) -> TransformerConfig:
     """What the families after GPT-2 have in common, and what is a family's own."""
@@ -117,7 +117,8 @@ def _read_decoder(
     return llama(vocab_size, context, layers, width, heads, **shared, **read_rope(settings, context), **own)
 
 
-def _write_decoder(config: TransformerConfig, activation: str = "silu") -> dict[str, Any]:
+def write_decoder(config: TransformerConfig, activation: str = "silu") -> dict[str, Any]:
+    """What `read_decoder` reads."""
     return {
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tied,
@@ -135,33 +136,33 @@ def _write_decoder(config: TransformerConfig, activation: str = "silu") -> dict[
 
 
 def _read_llama(settings: Settings) -> TransformerConfig:
-    return _read_decoder(settings, _attention_bias(settings) | {"mlp_bias": truth(settings, "mlp_bias", False)})
+    return read_decoder(settings, _attention_bias(settings) | {"mlp_bias": truth(settings, "mlp_bias", False)})
 
 
 def _write_llama(config: TransformerConfig) -> dict[str, Any]:
-    return _write_decoder(config) | {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    return write_decoder(config) | {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
 
 
 def _read_mistral(settings: Settings) -> TransformerConfig:
     require(settings, "layer_types", None)
-    return _read_decoder(settings, {"windows": _window(settings, 4096)})
+    return read_decoder(settings, {"windows": _window(settings, 4096)})
 
 
 def _write_mistral(config: TransformerConfig) -> dict[str, Any]:
-    return _write_decoder(config) | {"sliding_window": config.window(0) or None}
+    return write_decoder(config) | {"sliding_window": config.window(0) or None}
 
 
 def _read_qwen2(settings: Settings) -> TransformerConfig:
-    return _read_decoder(settings, {"qkv_bias": True, "windows": _qwen_windows(settings)})
+    return read_decoder(settings, {"qkv_bias": True, "windows": _qwen_windows(settings)})
 
 
 def _write_qwen2(config: TransformerConfig) -> dict[str, Any]:
-    return _write_decoder(config) | _write_windows(config) | {"use_sliding_window": any(config.windows)}
+    return write_decoder(config) | _write_windows(config) | {"use_sliding_window": any(config.windows)}
 
 
 def _read_qwen3(settings: Settings) -> TransformerConfig:
     own = {"qk_norm": True, "windows": _qwen_windows(settings)}
-    return _read_decoder(settings, own | _attention_bias(settings), head_size=128)
+    return read_decoder(settings, own | _attention_bias(settings), head_size=128)
 
 
 def _write_qwen3(config: TransformerConfig) -> dict[str, Any]:
@@ -195,7 +196,7 @@ def _gemma(settings: Settings, logit_cap: float, attention_cap: float, period: i
 
 def _write_gemma(config: TransformerConfig) -> dict[str, Any]:
     return (
-        _write_decoder(config, "gelu_pytorch_tanh")
+        write_decoder(config, "gelu_pytorch_tanh")
         | _write_windows(config)
         | {
             "hidden_activation": "gelu_pytorch_tanh",
@@ -208,12 +209,12 @@ def _write_gemma(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _read_gemma2(settings: Settings) -> TransformerConfig:
-    return _read_decoder(settings, _gemma(settings, 30.0, 50.0, period=2), **GEMMA)
+    return read_decoder(settings, _gemma(settings, 30.0, 50.0, period=2), **GEMMA)
 
 
 def _read_gemma3(settings: Settings) -> TransformerConfig:
     own = _gemma(settings, 0.0, 0.0, period=size(settings, "sliding_window_pattern", 6)) | {"qk_norm": True}
-    return _read_decoder(settings, own, **GEMMA)
+    return read_decoder(settings, own, **GEMMA)
 
 
 def _attention_bias(settings: Settings) -> dict[str, bool]:
