@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,8 +116,9 @@ def from_scratch(config, tmp_path):
 
 @pytest.mark.slow
 def test_a_policy_of_its_own_is_pretrained_on_what_is_not_continued(from_scratch):
+    (folder := from_scratch.writing.results).mkdir()
+    (folder / "table.md").write_text("| of another run |\n")  # as a clone has it
     recipe.main(from_scratch)
-    folder = from_scratch.writing.results
     assert (folder / "pretrained/metrics.jsonl").read_text().count('"stage": "pretrain"') == 3
     openings = {passage.split(". ")[0] + "." for passage in held_out_passages(from_scratch.corpus)}
     asked = [line[3:] for line in (folder / "examples.md").read_text().splitlines() if line.startswith("## ")]
@@ -124,16 +126,22 @@ def test_a_policy_of_its_own_is_pretrained_on_what_is_not_continued(from_scratch
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    "pretrain, policy, words",
     [
-        ({"pretrain": Pretraining(steps=0)}, "steps is 0"),
-        ({"pretrain": Pretraining(model="smollm2")}, r"pretrain\.model has no effect"),
-        ({"pretrain": Pretraining(steps=2), "policy": "smollm2"}, "no effect on a policy that is given"),
+        (Pretraining(vocab_size=280, steps=0), "", "steps is 0"),
+        (Pretraining(model=Path("smollm2")), "", r"pretrain\.model has no effect"),
+        (Pretraining(steps=2), "smollm2", "no effect on a policy that is given"),
     ],
 )
-def test_pretraining_that_cannot_be_is_refused_before_anything_is_trained(from_scratch, changes, words):
-    policy = changes.pop("policy", "")
-    config = dataclasses.replace(from_scratch, **changes)
+def test_pretraining_that_cannot_be_is_refused_before_anything_is_trained(from_scratch, pretrain, policy, words):
+    writing = dataclasses.replace(from_scratch.writing, policy=policy)
     with pytest.raises(InputError, match=words):
-        recipe.main(dataclasses.replace(config, writing=dataclasses.replace(config.writing, policy=policy)))
-    assert not config.writing.results.exists()
+        recipe.main(dataclasses.replace(from_scratch, pretrain=pretrain, writing=writing))
+    assert not writing.results.exists()
+
+
+def test_a_folder_of_another_run_is_not_written_to(from_scratch):
+    (folder := from_scratch.writing.results).mkdir()
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(InputError):
+        recipe.main(from_scratch)

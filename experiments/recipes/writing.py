@@ -339,7 +339,8 @@ def improve(
         begin: what it starts from.
     """
     start, rl = time.perf_counter(), settings.reinforce
-    check_run(settings.results, config, settings.resume, ("writing.results", "writing.resume"))
+    if settings.resume or (settings.results / "config.json").exists():  # a clone has results without their run
+        check_run(settings.results, config, settings.resume, ("writing.results", "writing.resume"))
     policy, pretrain = begin()
     task = make_task(policy)
     check(settings, policy, task, weights)
