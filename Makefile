@@ -3,6 +3,7 @@
 # make test         format, lint, types and tests
 # make bench        side by side with peers and with the machine's limit; ARGS=--quick for the form of three minutes
 # make bench-peers  the environments of the peers, in build/peers
+# make results      every recipe, and docs/results.md of what they found; ARGS="--only best_of_n" for one, --help for more
 # make plan         whether a model fits a slice of TPUs, without one; ARGS="--topology v5e:4x4 --model 8B --mesh fsdp=16"
 # PYTHON=python3.12 chooses the interpreter, RUN=runs/name the run's folder, ARGS="--seed 1" anything else.
 
@@ -15,7 +16,7 @@ TUNIX_PYTHON ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versio
 PEERS := build/peers
 BIN := $(VENV)/bin
 
-.PHONY: quickstart chat models test parity bench bench-peers plan clean
+.PHONY: quickstart chat models test parity bench bench-peers results plan clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -56,6 +57,9 @@ $(PEERS)/tunix/installed:
 	@$(TUNIX_PYTHON) -m venv $(PEERS)/tunix
 	@$(PEERS)/tunix/bin/pip install -q --disable-pip-version-check "google-tunix==0.1.7"
 	@touch $@
+
+results: $(VENV)/installed-models
+	@$(BIN)/python experiments/results.py $(ARGS)
 
 plan: build/tpu/installed
 	@build/tpu/bin/python experiments/plan.py $(ARGS)

@@ -1,4 +1,4 @@
-"""The house stands as the README draws it: imports point downwards, and each tool stays in its room."""
+"""The house stands as docs/design.md draws it: imports point downwards, and each tool stays in its room."""
 
 import ast
 import tomllib

@@ -324,3 +324,74 @@ def test_a_task_without_a_teacher_needs_a_policy(tmp_path):
     pytest.importorskip("reasoning_gym")
     with pytest.raises(InputError, match="No teacher writes texts of reasoning_gym:chain_sum"):
         recipe.main(small(tmp_path / "there", task="reasoning_gym:chain_sum"))
+
+
+COUNTDOWN = tasks.make_task("countdown:3")
+
+
+def made_of(numbers):
+    """Every value of three numbers that are each used once, where none on the way is below 0."""
+    found, apply = set(), (lambda a, b: a + b, lambda a, b: a - b, lambda a, b: a * b)
+    for (a, b, c), first, second in itertools.product(itertools.permutations(numbers), apply, apply):
+        for last in (lambda x, c=c, second=second: second(x, c), lambda x, c=c, second=second: second(c, x)):
+            if first(a, b) >= 0 and last(first(a, b)) >= 0:
+                found.add(last(first(a, b)))
+    return found
+
+
+def test_countdown_can_be_done_and_its_steps_are_true():
+    for problem in problems(COUNTDOWN):
+        given, target = re.fullmatch(r"([\d,]+):(\d+)=", problem.question).groups()
+        numbers = sorted(int(x) for x in given.split(","))
+        assert len(numbers) == 3 and 1 <= min(numbers) <= max(numbers) <= 15 and 1 <= int(target) < 100
+        assert sorted(int(x) for x in re.findall(r"\d+", problem.answer)) == numbers
+        assert eval(problem.answer) == int(target) in made_of(numbers)
+        steps = [step.split("=") for step in problem.steps.split(",")]
+        assert len(steps) == 2 and all(eval(left) == int(right) for left, right in steps)
+        assert steps[-1][1] == target and given in problem.words and problem.words.endswith(f"make {target}.")
+        assert problem.key == f"{','.join(map(str, numbers))}:{target}"
+        assert COUNTDOWN.grade(problem, problem.answer) == 1
+        other = COUNTDOWN.misread(np.random.default_rng(0), problem)
+        assert COUNTDOWN.grade(other, other.answer) == 1 and COUNTDOWN.grade(problem, other.answer) == 0
+        changed = [x != y for x, y in zip(*(tasks.given_numbers(each)[0] for each in (problem, other)), strict=True)]
+        assert sum(changed) + (tasks.given_numbers(other)[1] != int(target)) == 1
+    for numbers in ((2, 3, 7), (1, 1, 4), (5, 5, 5)):
+        assert set(tasks.expressions(numbers)) == made_of(numbers)
+
+
+@pytest.mark.parametrize(
+    ("given", "grade"),
+    [
+        ("3*5+7", 1), ("7+(5*3)", 1), (" ( 7 + 5 * 3 )\n", 1), ("((3))*5+7", 1),
+        ("3*(5+7)", 0), ("22", 0), ("15+7", 0), ("3*5+7+7-7", 0), ("3+5+7+7", 0), ("3*5+7=22", 0), ("", 0),
+        ("3*5+7)", 0), ("(3*5+7", 0), ("3 * * 5+7", 0), ("3*5 7", 0), ("+7+3*5", 0), ("3*5--7", 0), ("()", 0),
+        ("int('3')*5+7", 0), ("3*5+7 or 1", 0), ("(" * 1000 + "3*5+7" + ")" * 1000, 0), ("٣*5+7", 0),
+    ],
+)  # fmt: skip
+def test_any_right_expression_is_right_and_nothing_else(given, grade):
+    problem = tasks.Problem("5,3,7:22=", "", "(3*5)+7", "", "")
+    assert (
+        COUNTDOWN.grade(problem, given)
+        == grade
+        == tasks.grade_completion(COUNTDOWN, problem, f"<answer>{given}</answer>")
+    )
+
+
+@pytest.mark.parametrize("text", ["2+3*4", "10-3-2", "10-(3-2)", "2*(3+4)*5-1", "(1+2)*(3-4)", "1-2-3*4+5"])
+def test_an_expression_is_read_as_it_is_everywhere(text):
+    assert tasks.read_expression(text) == (eval(text), sorted(int(x) for x in re.findall(r"\d+", text)))
+
+
+def test_countdown_is_taught_in_tokens_of_its_own():
+    plain, tokenizer = tasks.make_tokenizer(), tasks.make_tokenizer(COUNTDOWN.signs)
+    assert list(tokenizer.get_vocab().items() - plain.get_vocab().items()) and len(tokenizer) == len(plain) + 4
+    assert plain.get_vocab().items() <= tokenizer.get_vocab().items()
+    rng, right = np.random.default_rng(0), []
+    for problem in problems(COUNTDOWN):
+        text = tasks.teach(COUNTDOWN, problem, tasks.Teacher(right=0.7, untagged=0.0), rng)
+        right.append(tasks.grade_completion(COUNTDOWN, problem, text))
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    assert np.mean(right) == pytest.approx(0.7, abs=0.1)
+    for size in (1, 5):
+        with pytest.raises(InputError, match=f"size of countdown is {size}"):
+            tasks.make_task(f"countdown:{size}")

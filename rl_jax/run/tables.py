@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def write_table(folder: str | Path, rows: Rows, settings: Any) -> None:
     Args:
         folder: usually results/NAME; made if it is missing.
         rows: one mapping a row, from a column's name to its cell.
-        settings: what the recipe was run with, a dataclass or a mapping; device and versions are written beside it.
+        settings: what the recipe was run with, a dataclass or a mapping; the processor time of the process so far, the
+            device and versions are written beside it.
 
     Raises:
         InputError: nothing can be written to the folder.
@@ -50,7 +52,8 @@ def write_table(folder: str | Path, rows: Rows, settings: Any) -> None:
     folder = open_results(folder)
     text = markdown_table(rows)
     write_json(folder / "table.json", [{name: _cell(value) for name, value in row.items()} for row in rows])
-    about = {"settings": jsonable(settings), "device": describe_device(), "versions": versions()}
+    about = {"settings": jsonable(settings), "processor_seconds": time.process_time()}
+    about |= {"device": describe_device(), "versions": versions()}
     write_json(folder / "settings.json", about)
     half = folder / "table.md.tmp"
     half.write_text(text, "utf-8")
