@@ -199,6 +199,7 @@ def reinforce(settings, policy, reward, prompts, seed, run, writer, gold):
     return policy
 
 
+@pytest.mark.slow
 def test_recipe_writes_what_it_finds(config, monkeypatch):
     monkeypatch.setattr(recipe, "pretrain", pretrain)
     monkeypatch.setattr(recipe, "reinforce", reinforce)

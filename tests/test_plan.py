@@ -173,7 +173,7 @@ def test_a_line_to_what_is_refused(monkeypatch):
     assert plan.depths(config, 4) == (4,) and plan.depths(config, 5) == (2, 4)
 
 
-@pytest.mark.parametrize("mesh", ["", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("mesh", ["", pytest.param("data=2,fsdp=2,tensor=2", marks=pytest.mark.slow)])
 def test_the_command(tmp_path, mesh, capsys):
     plan.main(plan.Config(**SMALL, mesh=mesh, folder=tmp_path))
     rows = json.loads((tmp_path / "table.json").read_text("utf-8"))

@@ -154,6 +154,7 @@ def test_columns_are_means_and_paired_differences():
     assert columns["problems with wrong ones longer"] == 1
 
 
+@pytest.mark.slow
 def test_recipe_in_miniature(tmp_path, monkeypatch):
     few = {name: recipe.algorithms()[name] for name in ("only / length", "dr_grpo")}
     monkeypatch.setattr(recipe, "algorithms", lambda: few)
