@@ -6,6 +6,7 @@ The page, and the README's table, are made of results/*/table.json and settings.
 `experiments/results.py` writes; a test holds them to these.
 """
 
+import dataclasses
 import json
 import re
 import textwrap
@@ -17,6 +18,7 @@ from experiments import claims_exact as exact
 from experiments import claims_learned as learned
 from experiments.claims import Claim
 from rl_jax.errors import InputError
+from rl_jax.run.loop import run_main
 
 CLAIMS = (
     exact.THEOREM,
@@ -80,7 +82,7 @@ def hold(claim: Claim, results: Path = RESULTS) -> Held:
         InputError: they are not what the recipe writes.
     """
     folder = results / claim.recipe
-    if not folder.exists():
+    if not (folder / "table.json").exists():
         return Held(claim, "", {}, {})
     try:
         rows, about = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("table", "settings"))
@@ -167,5 +169,15 @@ def write_gallery() -> None:
     print(f"Wrote {GALLERY}, and the table of {README}.")
 
 
-if __name__ == "__main__":
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Write docs/results.md, and the README's table, from the tables in results/."""
+
+
+def main(config: Config) -> None:
+    del config
     write_gallery()
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

@@ -142,15 +142,14 @@ def run(words: Sequence[str], environment: Mapping[str, str]) -> int:
     Raises:
         KeyboardInterrupt: it was stopped.
     """
-    process = subprocess.Popen(words, env=environment)
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    process = subprocess.Popen(words, env=environment, process_group=0)  # so that a signal comes to it once
+    forwarded = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(each, lambda number, _: process.send_signal(number)) for each in forwarded]
     try:
         status = process.wait()
-    except KeyboardInterrupt:  # which a terminal sends to both
-        process.wait()
-        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in zip(forwarded, before, strict=True):
+            signal.signal(each, handler)
     if status in STOPPED:
         raise KeyboardInterrupt
     return status
@@ -180,7 +179,8 @@ def main(config: Config) -> None:
     failed = []
     for number, name in enumerate(names, 1):
         said, folder = f"[{number} of {len(names)}] {name}", work / name
-        if config.resume and (folder / "table.json").exists():
+        if config.resume and (folder / "table.md").exists():  # which is written last
+            keep(folder, results / name)
             print(f"{said}: finished before", flush=True)
             continue
         if not config.resume:

@@ -84,9 +84,10 @@ def test_the_terminal_says_what_the_page_says(folders, tmp_path, capsys):
     "other, together",
     [
         ({"seed": 7}, True),
-        ({}, True),
-        ({"machine": {"mesh": "data=2"}, "resume": True, "track": "wandb"}, True),
-        ({"device": "gpu x 8"}, True),
+        ({"seed": 7, "machine": {"mesh": "data=2"}, "resume": True, "track": "wandb"}, True),
+        ({"seed": 7, "device": "gpu x 8"}, True),
+        ({}, False),
+        ({"device": "gpu x 8"}, False),
         ({"reinforce": estimator("ppo")}, False),
         ({"seed": 7, "seeds": 1}, False),
         ({"script": "experiments/reinforce.py"}, False),

@@ -49,7 +49,7 @@ def test_a_new_run_says_what_it_is(tmp_path):
 
 def test_a_folder_that_is_taken_is_refused(tmp_path):
     check_and_open(tmp_path / "one", Config())
-    with pytest.raises(InputError, match=r"one exists; give another --run, remove it, or continue it with --resume"):
+    with pytest.raises(InputError, match=r"one exists; give another folder, remove it, or continue it with --resume"):
         check_and_open(tmp_path / "one", Config())
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file exists"):
@@ -133,7 +133,7 @@ def test_a_folder_that_another_process_writes_to_is_refused_until_it_ends(tmp_pa
     holder, said = other_process(tmp_path / "copy")
     assert said == "has it", "a copy is another folder"
     before = (tmp_path / "copy" / "config.json").read_bytes()
-    refusal = rf"copy is in use: process {holder.pid} on .* give another --run"
+    refusal = rf"copy is in use: process {holder.pid} on .* give another folder"
     for config in (Config(), Config(resume=True)):
         with pytest.raises(InputError, match=refusal):
             check_run(tmp_path / "copy", config, config.resume)

@@ -273,7 +273,7 @@ def test_a_mistake_is_told_in_each_process_and_ends_all(pipeline, tmp_path):
     (tmp_path / "run" / "mine.txt").write_text("mine")
     ended = Processes(tmp_path, 2, pipeline(tmp_path / "run")).wait(BOUND)
     assert [each.code for each in ended] == [2, 2], ended
-    assert all("exists; give another --run" in each.errors for each in ended)
+    assert all("exists; give another folder" in each.errors for each in ended)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 

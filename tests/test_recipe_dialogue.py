@@ -57,7 +57,7 @@ def config(tmp_path, monkeypatch):
     ]
     policy = tiny_policy(conversations)
     monkeypatch.setattr(recipe, "read_passages", lambda corpus: conversations)
-    monkeypatch.setattr(writing, "load_policy", lambda place, dtype: policy)
+    monkeypatch.setattr(writing, "load_policy", lambda place, dtype, params_dtype: policy)
     monkeypatch.setattr(recipe, "load_encoder", lambda: None)
     monkeypatch.setattr(recipe, "make_embed", lambda encoder: embed_letters)
     settings = Writing(dropped=("originality",), dropped_steps=1, reinforce=SMALL, results=tmp_path / "dialogue")

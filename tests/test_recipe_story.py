@@ -64,7 +64,7 @@ def config(tmp_path, monkeypatch):
     ]
     policy = tiny_policy(passages)
     monkeypatch.setattr(recipe, "read_passages", lambda corpus: passages)
-    monkeypatch.setattr(writing, "load_policy", lambda place, dtype: policy)
+    monkeypatch.setattr(writing, "load_policy", lambda place, dtype, params_dtype: policy)
     monkeypatch.setattr(recipe, "load_encoder", lambda: None)
     monkeypatch.setattr(recipe, "make_embed", lambda encoder: embed_letters)
     dropped = recipe.Config().writing.dropped

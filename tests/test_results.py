@@ -29,7 +29,7 @@ if {name!r} == "stops" and not (folder / "config.json").exists():
     os.kill(os.getppid(), signal.SIGTERM)
     signal.pause()
 (folder / "sub").mkdir(exist_ok=True)
-for path in ("a.png", "a.png.json", "sub/table.md", "raw.json", "sub/model.safetensors"):
+for path in ("a.png", "a.png.json", "sub/table.md", "table.md", "raw.json", "sub/model.safetensors"):
     (folder / path).write_text("new")
 (folder / "table.json").write_text(" ".join(sys.argv[1:]))
 (folder / "raw.json").write_text(os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -80,7 +80,7 @@ def test_goes_on_past_one_that_fails_and_says_so(place, capfd):
     said = capfd.readouterr()
     assert "[1 of 2] works" in said.out and "[2 of 2] fails failed with exit status 1" in said.out
     assert "no luck" in said.err
-    kept = ["a.png", "a.png.json", "notes.txt", "pretrained/config.json", "sub/table.md", "table.json"]
+    kept = ["a.png", "a.png.json", "notes.txt", "pretrained/config.json", "sub/table.md", "table.json", "table.md"]
     assert there(place / "results") == [f"works/{path}" for path in kept]
     assert (place / "results/works/table.json").read_text() == "--results build/results/works"
     assert (place / "build/results/works/raw.json").read_text() == str(place / "build/results/programs")
@@ -97,11 +97,11 @@ def test_stopped_recipe_stops_the_rest_and_is_resumed(place, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         main(Config(only=("works", "stops")))
     assert there(place / "results") == [
-        f"works/{path}" for path in ("a.png", "a.png.json", "sub/table.md", "table.json")
+        f"works/{path}" for path in ("a.png", "a.png.json", "sub/table.md", "table.json", "table.md")
     ]
     (place / "build/results/works/table.json").write_text("not run again")
     main(Config(only=("works", "stops"), resume=True))
-    assert (place / "build/results/works/table.json").read_text() == "not run again"
+    assert (place / "results/works/table.json").read_text() == "not run again", "what was not kept yet is"
     assert (place / "results/stops/table.json").read_text() == "--results build/results/stops --resume"
     (place / "build/results/works/old.png").write_text("of another run")
     main(Config(only=("works",)))

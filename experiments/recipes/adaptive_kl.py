@@ -240,8 +240,8 @@ def check(config: Config) -> None:
     """Raise InputError for settings that cannot work, before the long work."""
     if not config.starts or not all(COEFFICIENTS[0] <= start <= COEFFICIENTS[-1] for start in config.starts):
         raise InputError(f"starts are {config.starts}; give some, from 0.001 to 10.")
-    if not config.targets or min(config.targets) <= 0 or config.horizon < config.batch / 5:
-        raise InputError("There must be targets above 0, and a horizon of at least a fifth of batch.")
+    if not config.targets or min(config.targets) <= 0 or config.horizon <= config.batch / 5:
+        raise InputError("There must be targets above 0, and a horizon of more than a fifth of batch.")
     if config.group_size < 2 or config.batch % config.group_size or config.batch < config.group_size:
         raise InputError(f"batch is {config.batch}; it must be a multiple of group_size, {config.group_size}, over 1.")
     if config.vocab_size < 2 or config.length < 1 or config.seeds < 2 or config.updates < 4 * BLOCK:

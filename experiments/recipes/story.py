@@ -72,7 +72,7 @@ from experiments.recipes.writing_parts import (
 from experiments.reinforcing import Reinforcing
 from rl_jax.data.corpus import read_passages
 from rl_jax.errors import InputError
-from rl_jax.models.huggingface import Policy
+from rl_jax.models.huggingface import Policy, save_policy
 from rl_jax.rewards.text import sentiment
 from rl_jax.run.loop import run_main
 from rl_jax.run.metrics import open_metrics
@@ -208,7 +208,7 @@ def make_start(config: Config) -> Start:
         writer = open_metrics(folder)
         policy, _ = pretrain(settings, text, seed, folder, writer)
         writer.close()
-        return policy
+        return policy._replace(place=save_policy(folder / "policy", policy))
 
     return Start(Policy(None, shape, text.tokenizer), pretrain_in)
 

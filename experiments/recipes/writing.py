@@ -147,8 +147,8 @@ def make_prompts(settings: Reinforcing, tokenizer: Any, turns: Sequence[Turn], r
         )
     chosen = set(spread(kept, len(keys)).tolist())
     train, held_out = (
-        pad_keys(tokenizer, [key for n, key in enumerate(keys) if (n in chosen) == kept], settings.prompt_length)
-        for kept in (False, True)
+        pad_keys(tokenizer, [key for n, key in enumerate(keys) if (n in chosen) == held], settings.prompt_length)
+        for held in (False, True)
     )
     return Prompts(train, held_out, rows)
 
@@ -317,7 +317,8 @@ def check(settings: Writing, policy: Policy, task: Task, weights: Weights) -> No
 
 def load(settings: Writing) -> Start:
     """The policy that the settings name."""
-    return Start(load_policy(settings.policy, settings.dtype))
+    kept_in = settings.reinforce.lora.kept_in(settings.dtype)
+    return Start(load_policy(settings.policy, settings.dtype, params_dtype=kept_in))
 
 
 def improve(

@@ -3,6 +3,7 @@
 Runs that differ in nothing but what is pooled, as a rule the seed, are one entry.
 """
 
+import collections
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -58,9 +59,13 @@ def read_entries(folders: Sequence[Path], pooled: Collection[str] = POOLED) -> l
         if name not in POOLED and not any(_is_of(setting, [name]) for run in runs for setting in _settings(run)):
             raise InputError(f"No run has a setting {name} to pool: give names as config.json has them.")
     groups: dict[tuple[Any, ...], list[Run]] = {}
+    same: collections.Counter[tuple[Any, ...]] = collections.Counter()
     for run in runs:
-        said = {name: text for name, text in _settings(run).items() if not _is_of(name, pooled)}
-        groups.setdefault((run.config.get("script"), *said.items()), []).append(run)
+        script, settings = run.config.get("script"), _settings(run)
+        said = {name: text for name, text in settings.items() if not _is_of(name, pooled)}
+        repeat = same[script, *settings.items()]  # of other code or another device: no further seed
+        same[script, *settings.items()] += 1
+        groups.setdefault((script, repeat, *said.items()), []).append(run)
     stems = [_stem(group) for group in groups.values()]
     taken = [*stems, *(run.name for run in runs)]
     return [
@@ -84,7 +89,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _stem(group: Sequence[Run]) -> str:
     """What the names of runs have before their numbers, "" where that differs: "grpo" of "grpo_seed0" and its like."""
-    stems = {re.sub(r"[-_. ]*(seed|s)?[-_. ]*[0-9]+$", "", run.name) for run in group}
+    stems = {re.sub(r"([-_. ]+s|[-_. ]*seed)?[-_. ]*[0-9]+$", "", run.name) for run in group}
     return stems.pop() if len(stems) == 1 and len(group) > 1 else ""
 
 

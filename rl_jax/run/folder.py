@@ -44,7 +44,7 @@ def check_run(folder: str | Path, config: Any, resume: bool, may_differ: Collect
         if resume:
             _check_same_run(folder, jsonable(config), may_differ)
         elif folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - BEFORE_CONFIG):
-            raise InputError(f"{folder} exists; give another --run, remove it, or continue it with --resume.")
+            raise InputError(f"{folder} exists; give another folder, remove it, or continue it with --resume.")
 
     on_first(check)
 
@@ -127,11 +127,11 @@ def _check_same_run(folder: Path, settings: dict[str, Any], may_differ: Collecti
     try:
         before = json.loads(path.read_text("utf-8"))["config"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error!r}); give another --run.") from error
+        raise InputError(f"{path} cannot be read ({error!r}); give another folder.") from error
     allowed = tuple(f"{name}." for name in may_differ)
     found = {name: pair for name, pair in differences(before, settings).items() if not f"{name}.".startswith(allowed)}
     if found:
         raise InputError(
             f"{folder} was run with other settings: {describe_differences(found)}. "
-            "Resume with the settings it was started with, or give another --run."
+            "Resume with the settings it was started with, or give another folder."
         )

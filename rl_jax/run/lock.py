@@ -73,4 +73,4 @@ def _is_held(folder: Path) -> bool:
 
 def _taken(folder: Path) -> str:
     who = (folder / FILE).read_text("utf-8", errors="replace").strip() or "another process"
-    return f"{folder} is in use: {who} writes to it. Wait until that has ended, or give another --run."
+    return f"{folder} is in use: {who} writes to it. Wait until that has ended, or give another folder."

@@ -47,7 +47,7 @@ class Tracked(NamedTuple):
     def close(self) -> None:
         """Waits until the tracker has every row and has ended the run, but no longer than half a minute."""
         with contextlib.suppress(queue.Full):
-            self.rows.put_nowait(None)
+            self.rows.put(None, timeout=PATIENCE)
         self.thread.join(PATIENCE)
         if self.thread.is_alive():
             warnings.warn(f"{self.thread.name} has not taken all metrics in {PATIENCE:.0f} seconds.", stacklevel=2)
