@@ -187,6 +187,7 @@ def long_config(config):
     return change(config, "reinforce.steps", 60)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(long_config, tmp_path):
     whole = change(long_config, "run", tmp_path / "whole")
     process = start(whole)

@@ -260,6 +260,7 @@ def test_each_completion_is_checked_by_its_own_problem(tmp_path, monkeypatch):
     assert found.texts == said[2]
 
 
+@pytest.mark.slow
 def test_recipe_in_miniature(tmp_path, monkeypatch):
     def untrained(settings, text, seed, run, writer):  # pretraining has tests of its own, and takes long to compile
         config = model_config(settings)
