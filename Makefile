@@ -33,11 +33,12 @@ test: $(VENV)/installed-test
 	$(BIN)/pyrefly check
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5
 
-# Against the models of transformers in PyTorch, and against the losses of TRL, which nothing else here needs; a test
-# that is skipped fails. The tests say what TRL 1.16 does: with another version, read them again.
+# Against the models of transformers in PyTorch, against the losses of TRL and with reasoning-gym, which nothing else here
+# needs; a test that is skipped fails. The tests say what TRL 1.16 does: with another version, read them again.
 parity: $(VENV)/installed-test $(VENV)/installed-models
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[parity]" "torch==2.13.0" "trl==1.16.0" "peft==0.21.2"
-	RL_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -q tests/test_parity.py tests/test_parity_smollm2.py tests/test_trl.py
+	RL_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -q tests/test_parity.py tests/test_parity_smollm2.py tests/test_trl.py \
+		tests/test_recipe_verifiable.py::test_tasks_of_reasoning_gym
 
 bench: $(VENV)/installed
 	@$(BIN)/python benchmarks/run.py $(ARGS)
