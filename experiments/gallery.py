@@ -44,9 +44,9 @@ HEAD = """\
 
 `make results` runs every recipe, in the size that two cores can bear, and writes this page anew: each measured figure,
 and each yes or no, is worked out from the tables in `results/`. A verdict is "reproduced" where every part of a claim
-holds in the recipe's problem, "partly" where some do. ± is half of a 95 % interval. † marks what is told from secondary
-notes, not from the paper itself. `make results ARGS="--size full"` runs larger settings, for a GPU, into
-`results_full/`; nothing here is from them.
+holds in the recipe's problem, "partly" where half of them or more do. ± is half of a 95 % interval. † marks what is
+told from secondary notes, not from the paper itself. `make results ARGS="--size full"` runs larger settings, for a GPU,
+into `results_full/`; nothing here is from them.
 
 """
 
@@ -72,7 +72,7 @@ class Held(NamedTuple):
         holding = self.parts.values()
         if not holding:
             return "not run yet"
-        return "reproduced" if all(holding) else "partly" if any(holding) else "not reproduced"
+        return "reproduced" if all(holding) else "partly" if 2 * sum(holding) >= len(holding) else "not reproduced"
 
 
 def hold(claim: Claim, results: Path = RESULTS) -> Held:

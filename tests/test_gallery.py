@@ -104,6 +104,12 @@ def test_verdict_follows_from_the_table(tmp_path, reward, variance, verdict, sai
     assert line.split(" | ")[-2:] == [verdict, "`python experiments/recipes/linear_policy.py` |"]
 
 
+def test_less_than_half_is_not_partly():
+    for count, verdict in ((0, "not reproduced"), (1, "not reproduced"), (2, "partly"), (3, "reproduced")):
+        held = gallery.Held(exact.LINEAR, "", {str(n): n < count for n in range(3)}, {})
+        assert held.verdict == verdict
+
+
 def test_what_has_not_run_is_told(tmp_path):
     held = hold(exact.LINEAR, tmp_path)
     assert held.verdict == "not run yet" and not held.parts
