@@ -49,7 +49,10 @@ SmolLM2-135M-Instruct, asked in its chat template after one example: of the 55 s
 out, and LoRA of rank 8 learns from 32. Of four samples of each at temperature 0.7, 6.8 ± 6.1 % are right before, where
 58 ± 13 % keep the format, and 56 ± 20 % after 20 updates of 32 completions, where all keep it; greedily 32 ± 21 and
 59 ± 22 %. A KL of 3.9 nats leaves little variety: one of 4 is right in 64 ± 22 %. It is one run, at a learning rate at
-which its reward still went up and down.
+which its reward still went up and down. So is letter_counting of reasoning-gym, by the same command with --task
+reasoning_gym:letter_counting --problems 44 --held-out 12 --reinforce.steps 12, in 8 minutes of processor time: of four
+samples 19 ± 14 % are right before and 33 ± 31 % after, in the format 90 ± 11 and all, but one of 4 is right in 58 ± 33
+and 33 ± 31 %, and greedily as many as before. What was learned is the likeliest number, and not to count.
 """
 
 import dataclasses
