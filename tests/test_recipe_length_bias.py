@@ -6,6 +6,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -186,3 +187,11 @@ def test_settings_that_cannot_work_are_refused(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         recipe.main(dataclasses.replace(TINY, results=tmp_path / "there", **changes))
     assert not (tmp_path / "there").exists()
+
+
+def test_what_is_under_a_false_mask_is_not_rewarded():
+    rollout = recipe.make_task("last", 1, 3).completions
+    hidden = jnp.where(rollout.completion_mask, rollout.completions, recipe.RIGHT)
+    np.testing.assert_array_equal(
+        recipe.rewards(dataclasses.replace(rollout, completions=hidden)), recipe.rewards(rollout)
+    )
