@@ -1,6 +1,7 @@
 """Every recipe, one after the other: the results that docs/results.md shows.
 
     python experiments/results.py
+    python experiments/results.py --jobs 2
     python experiments/results.py --only best_of_n linear_policy
     python experiments/results.py --size full
 
@@ -21,7 +22,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -32,6 +34,7 @@ from rl_jax.run.loop import RunFailed, run_main
 
 RESULTS, SUFFIXES = Path("results"), {"small": "", "full": "_full"}
 KEPT, FIGURES = ("table.json", "table.md", "settings.json", "examples.md"), (".png", ".png.json")
+POLL_SECONDS = 0.2
 STOPPED = (-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -99,6 +102,9 @@ class Config:
     """Recipes to run, such as best_of_n; without any, all."""
     size: Literal["small", "full"] = "small"
     """The settings of the recipes themselves, for two cores, or larger ones, for a GPU."""
+    jobs: int = 1
+    """Recipes at a time. Most of a small recipe's time is on one core, so that two cores have room for two; what they
+    say then goes to files beside their folders."""
     resume: bool = False
     """Go on after a stop: leave out recipes that have finished since build/results was made, and continue those that
     saved their state."""
@@ -110,8 +116,10 @@ def chosen(config: Config) -> list[str]:
     """Names of the recipes to run, in the order of the table.
 
     Raises:
-        InputError: there is no such recipe, or what one needs is not installed.
+        InputError: there is no such recipe, what one needs is not installed, or there are to be none at a time.
     """
+    if config.jobs < 1:
+        raise InputError(f"--jobs must be at least 1, not {config.jobs}.")
     if unknown := [name for name in config.only if name not in RECIPES]:
         raise InputError(f"There is no recipe {unknown[0]}: {', '.join(RECIPES)}.")
     names = [name for name in RECIPES if name in config.only or not config.only]
@@ -136,23 +144,51 @@ def fetch_ratings(folder: Path) -> Path:
         raise InputError(f"human_preferences needs people's ratings: {error}, or put it into {folder}.") from error
 
 
-def run(words: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Runs a command to its end, and returns its status. A signal to stop is the command's, which saves its state.
+def start(words: Sequence[str], environment: Mapping[str, str], said: Path | None) -> subprocess.Popen[bytes]:
+    """Starts a command, which speaks into a file, if there is one. A signal comes to it only if it is passed on."""
+    if said is None:
+        return subprocess.Popen(words, env=environment, process_group=0)
+    with said.open("wb") as file:
+        return subprocess.Popen(words, env=environment, process_group=0, stdout=file, stderr=subprocess.STDOUT)
+
+
+def run(
+    starts: Mapping[str, Callable[[], subprocess.Popen[bytes]]], jobs: int, ended: Callable[[str, int], None]
+) -> None:
+    """Starts processes, so many at a time, and tells each one's exit status. A signal to stop is passed on to those
+    that run, which save their state, and no other is started then.
 
     Raises:
-        KeyboardInterrupt: it was stopped.
+        KeyboardInterrupt: one was stopped.
     """
-    process = subprocess.Popen(words, env=environment, process_group=0)  # so that a signal comes to it once
-    forwarded = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(each, lambda number, _: process.send_signal(number)) for each in forwarded]
+    waiting, running, stopped = dict(starts), {}, False
+
+    def pass_on(number, _) -> None:
+        nonlocal stopped
+        stopped = True
+        for process in running.values():
+            process.send_signal(number)
+
+    before = {each: signal.signal(each, pass_on) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        status = process.wait()
+        while running or (waiting and not stopped):
+            while waiting and len(running) < jobs and not stopped:
+                name = next(iter(waiting))
+                running[name] = waiting.pop(name)()
+            time.sleep(POLL_SECONDS)
+            for name, status in [(name, process.poll()) for name, process in running.items()]:
+                if status is None:
+                    continue
+                del running[name]
+                if status in STOPPED:
+                    stopped = True
+                else:
+                    ended(name, status)
     finally:
-        for each, handler in zip(forwarded, before, strict=True):
+        for each, handler in before.items():
             signal.signal(each, handler)
-    if status in STOPPED:
+    if stopped:
         raise KeyboardInterrupt
-    return status
 
 
 def kept(folder: Path) -> list[Path]:
@@ -170,38 +206,53 @@ def keep(folder: Path, results: Path) -> None:
         shutil.copyfile(path, target)
 
 
+def words_of(name: str, config: Config, folder: Path, ratings: Path | None) -> list[str]:
+    """A recipe's command, which goes on where its folder has a saved state."""
+    words = [sys.executable, f"experiments/recipes/{name}.py", "--results", str(folder)]
+    words += ["--sdist", str(ratings)] if RECIPES[name].rated else []
+    words += RECIPES[name].full.split() if config.size == "full" else []
+    return words + (["--resume"] if (folder / "config.json").exists() else [])
+
+
 def main(config: Config) -> None:
-    names, start = chosen(config), time.perf_counter()
+    names, began = chosen(config), time.perf_counter()
     work, results = (path.with_name(path.name + SUFFIXES[config.size]) for path in (config.work, RESULTS))
     work.mkdir(parents=True, exist_ok=True)
     ratings = fetch_ratings(work) if any(RECIPES[name].rated for name in names) else None
     environment = {"JAX_COMPILATION_CACHE_DIR": str(work.resolve() / "programs"), **os.environ}
-    failed = []
-    for number, name in enumerate(names, 1):
-        said, folder = f"[{number} of {len(names)}] {name}", work / name
-        if config.resume and (folder / "table.md").exists():  # which is written last
-            keep(folder, results / name)
-            print(f"{said}: finished before", flush=True)
-            continue
-        if not config.resume:
-            shutil.rmtree(folder, ignore_errors=True)
-        print(f"{said}, after {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
-        words = [sys.executable, f"experiments/recipes/{name}.py", "--results", str(folder)]
-        words += ["--sdist", str(ratings)] if RECIPES[name].rated else []
-        words += RECIPES[name].full.split() if config.size == "full" else []
-        words += ["--resume"] if (folder / "config.json").exists() else []
-        if status := run(words, environment):
+    failed, logs = [], {name: work / f"{name}.log" if config.jobs > 1 else None for name in names}
+
+    def tell(name: str, said: str) -> None:
+        minutes = (time.perf_counter() - began) / 60
+        print(f"[{names.index(name) + 1} of {len(names)}] {name} {said}, after {minutes:.1f} minutes", flush=True)
+
+    def begin(name: str) -> subprocess.Popen[bytes]:
+        tell(name, f"begins and speaks into {logs[name]}" if logs[name] else "begins")
+        return start(words_of(name, config, work / name, ratings), environment, logs[name])
+
+    def end(name: str, status: int) -> None:
+        if status:
             failed.append(name)
-            print(f"{said} failed with exit status {status}; what it said is above", flush=True)
+            where = f"in {logs[name]}" if logs[name] else "above"
+            tell(name, f"failed with exit status {status}: what it said is {where}")
         else:
-            keep(folder, results / name)
+            keep(work / name, results / name)
+            tell(name, "has finished")
+
+    finished = [name for name in names if config.resume and (work / name / "table.md").exists()]  # it is written last
+    for name in finished:
+        keep(work / name, results / name)
+        tell(name, "finished before")
+    if not config.resume:
+        for name in names:
+            shutil.rmtree(work / name, ignore_errors=True)
+    run({name: partial(begin, name) for name in names if name not in finished}, config.jobs, end)
     if config.size == "small":
         write_gallery()
     if failed:
         raise RunFailed(f"{len(failed)} of {len(names)} recipes failed: {', '.join(failed)}. The others are done.")
-    print(
-        f"The results of {len(names)} recipes are in {results}, after {(time.perf_counter() - start) / 60:.1f} minutes."
-    )
+    minutes = (time.perf_counter() - began) / 60
+    print(f"The results of {len(names)} recipes are in {results}, after {minutes:.1f} minutes.")
 
 
 if __name__ == "__main__":

@@ -39,10 +39,11 @@ for path in ("a.png", "a.png.json", "sub/table.md", "table.md", "raw.json", "sub
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with recipes that take no time, and no gallery."""
-    names = {"works": Recipe("--more 2 3"), "fails": Recipe("--more 1"), "rated": Recipe("", rated=True)}
+    names = {"works": "--more 2 3", "stops": "", "fails": "--more 1"}
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    monkeypatch.setattr(results, "RECIPES", names | {"stops": Recipe("")})
+    recipes = {name: Recipe(full) for name, full in names.items()} | {"rated": Recipe("", rated=True)}
+    monkeypatch.setattr(results, "RECIPES", recipes)
     monkeypatch.setattr(results, "write_gallery", lambda: Path("gallery").write_text("written"))
     (tmp_path / "experiments/recipes").mkdir(parents=True)
     for name in results.RECIPES:
@@ -109,6 +110,40 @@ def test_stopped_recipe_stops_the_rest_and_is_resumed(place, monkeypatch):
     assert not (place / "results/works/old.png").exists(), "without resume it begins anew"
 
 
+def test_several_at_a_time_speak_into_files(place, capfd):
+    # Each of two waits for the other, so that they end only where they run at the same time.
+    for name, other in (("works", "rated"), ("rated", "works")):
+        path = place / f"experiments/recipes/{name}.py"
+        path.write_text(
+            path.read_text()
+            + f"(folder.parent / '{name}-ran').touch()\nimport time\n"
+            + f"while not (folder.parent / '{other}-ran').exists():\n    time.sleep(0.01)\nprint('I am {name}')\n"
+        )
+    (place / "build/results").mkdir(parents=True)
+    (place / "build/results/vaderSentiment-3.3.2.tar.gz").write_text("")
+    with pytest.raises(RunFailed, match="1 of 3 recipes failed: fails"):
+        main(Config(only=("works", "fails", "rated"), jobs=2))
+    said = capfd.readouterr()
+    assert "I am" not in said.out and "no luck" not in said.err
+    assert (place / "build/results/works.log").read_text() == "I am works\n"
+    assert "no luck" in (place / "build/results/fails.log").read_text()
+    assert "fails failed with exit status 1: what it said is in build/results/fails.log, after" in said.out
+    assert [(place / f"results/{name}/table.md").exists() for name in ("works", "fails", "rated")] == [
+        True,
+        False,
+        True,
+    ]
+
+
+def test_stop_stops_every_one_that_runs(place):
+    """The one that stops does so by a signal to the whole, which must reach the other, that would never end."""
+    (place / "experiments/recipes/works.py").write_text("import signal\nsignal.pause()\n")
+    with pytest.raises(KeyboardInterrupt):
+        main(Config(only=("works", "stops", "fails"), jobs=2))
+    assert not (place / "results").exists()
+    assert not (place / "build/results/fails.log").exists(), "no other begins then"
+
+
 def test_ratings_are_fetched_once_and_before_anything_runs(place, monkeypatch):
     def no_network(folder):
         raise InputError("pip could not: get it elsewhere and give its path as --sdist")
@@ -124,6 +159,8 @@ def test_ratings_are_fetched_once_and_before_anything_runs(place, monkeypatch):
 
 
 def test_unknown_names_and_missing_packages_are_refused(monkeypatch):
+    with pytest.raises(InputError, match=r"--jobs must be at least 1, not 0\."):
+        chosen(Config(jobs=0))
     with pytest.raises(InputError, match="There is no recipe nothing: policy_gradient_theorem"):
         chosen(Config(only=("best_of_n", "nothing")))
     monkeypatch.setattr(results.importlib.util, "find_spec", lambda name: None if name == "all_minilm_l6_v2" else sys)
