@@ -101,6 +101,7 @@ SMALL = {  # what is given after a command's own words, to have it done in secon
     "experiments/train_reward.py": "--steps 2 --batch-size 8 --normalize-prompts 8 --completion-length 8",
     "experiments/plan.py": "--model 2x32x2 --context 64 --prompt-length 16 --completion-length 16",
     "experiments/tour.py": "",
+    "experiments/compare_runs.py": "",
     "experiments/recipes/policy_gradient_theorem.py": """
         --estimators rloo --length 2 --group-size 3 --group-sizes 2 --samples 4096
     """,
@@ -134,7 +135,7 @@ def after(words: tuple[str, ...], *options: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with what commands are given: a policy, a reward model of three members, texts, pairs, prompts."""
+    """A folder with what commands are given: a policy, a reward model, two runs, texts, pairs, prompts."""
     folder = tmp_path_factory.mktemp("made")
     passages = read_passages("bbe")[:600]
     tokenizer = train_tokenizer(passages, 300)
@@ -160,7 +161,24 @@ def made(tmp_path_factory):
     functions = [block for block in blocks if all(isinstance(node, kinds) for node in ast.parse(block).body)]
     (folder / "rewards.py").write_text("\n\n".join(functions), "utf-8")
     (folder / "experiments").symlink_to(ROOT / "experiments")
+    for name, estimator in (("quickstart", "rloo"), ("grpo", "grpo")):
+        words = ["--policy", "policy", "--corpus", "my_texts/", "--estimator", estimator, "--run", f"run_{name}"]
+        execute("experiments/reinforce.py", [*words, *RL.split()], folder)
     return folder
+
+
+def execute(script: str, words: list[str], folder: Path) -> None:
+    """Runs a script in a folder, on as many CPU devices as its mesh asks for."""
+    told = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices(words)), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, script, *words],
+        cwd=folder,
+        env=os.environ | told | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def made_small(command: Command) -> list[str]:
@@ -180,6 +198,13 @@ def devices(words: list[str]) -> int:
     return math.prod(map(int, re.findall(r"=(\d+)", ",".join(meshes))))
 
 
+def given(script: str, name: str) -> str:
+    """What stands for a folder of that name that a script reads."""
+    if script == "experiments/compare_runs.py":
+        return f"run_{name}"
+    return "reward" if name == "reward" else "policy"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", {command[1:]: command for command in PAGES_COMMANDS}.values(), ids=name)
 def test_commands_run(command, made, tmp_path):
@@ -187,22 +212,12 @@ def test_commands_run(command, made, tmp_path):
         pytest.skip(reason)
     for path in made.iterdir():
         (tmp_path / path.name).symlink_to(path)
-    written = [value for option, value in itertools.pairwise(command.words) if option == "--run"]
+    written = [value for option, value in itertools.pairwise(command.words) if option in ("--run", "--out")]
     for word in set(command.words) - set(written):
         if word.startswith("runs/"):
             (tmp_path / word).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / word).symlink_to(made / ("reward" if word.endswith("/reward") else "policy"))
-    words = made_small(command)
-    told = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices(words)), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, command.script, *words],
-        cwd=tmp_path,
-        env=os.environ | told | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+            (tmp_path / word).symlink_to(made / given(command.script, Path(word).name))
+    execute(command.script, made_small(command), tmp_path)
 
 
 def test_smaller_settings_are_taken():
