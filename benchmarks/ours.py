@@ -6,6 +6,7 @@ Each job ends when its results are there. A case may replace parts of its shape 
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from experiments.mapped import make_generate, make_learning, make_update, prompt
 from experiments.options import EstimatorOptions, chosen_estimator
 from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
+from rl_jax.microbatch import sum_over_microbatches
 from rl_jax.models.config import TransformerConfig, gpt2, llama
 from rl_jax.models.transformer import init_params
 from rl_jax.pretraining import pretrain_gradient
@@ -196,9 +198,10 @@ def pretrain(shape: str, dtype: Any = "float32", compiled: bool = True, family: 
     size, mesh = SHAPES[shape], make_mesh()
     config = model_config(size, family, dtype)
     optimizer = make_optimizer(6e-4, 0.1, 1.0, BETAS)
+    sum_parts = functools.partial(sum_over_microbatches, microbatches=MICROBATCHES)
 
     def update(state: TrainState, tokens: Array) -> tuple[TrainState, Metrics]:
-        grads, metrics = pretrain_gradient(state.params, tokens, config, MICROBATCHES)
+        grads, metrics = pretrain_gradient(state.params, tokens, config, sum_parts)
         state, applied = apply_gradients(state, grads, optimizer)
         return state, metrics | applied
 

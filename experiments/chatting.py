@@ -10,8 +10,8 @@ from rl_jax.data.conversations import BrokenRow, Message, Render
 from rl_jax.data.tokenizer import encode_texts
 from rl_jax.errors import InputError
 from rl_jax.models.huggingface import Policy
-from rl_jax.models.reading import Pairs, empty_cache, read_tokens
-from rl_jax.models.transformer import logits
+from rl_jax.models.reading import empty_cache, read_tokens
+from rl_jax.models.transformer import Pairs, logits
 from rl_jax.rollout import compute_params, sample_tokens
 from rl_jax.run.spmd import AS_IT_IS, Mesh, pmapped, put
 from rl_jax.sampling import Sampling

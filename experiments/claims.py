@@ -51,6 +51,11 @@ def find(rows: Rows, **cells: Any) -> list[Row]:
     return found
 
 
+def cell(rows: Rows, name: str, **cells: Any) -> Any:
+    """A cell of the first row that has these cells."""
+    return find(rows, **cells)[0][name]
+
+
 def column(rows: Rows, name: str, **cells: Any) -> list[float]:
     """The numbers of a column, or the middles of its intervals, in the rows that have these cells."""
     return [mid(row[name]) for row in find(rows, **cells)]
@@ -63,15 +68,20 @@ def mid(cell: Any) -> float:
 
 def show(rows: Rows, name: str, scale: float = 1.0, **cells: Any) -> str:
     """A cell of the first of these rows as text, multiplied."""
-    cell = find(rows, **cells)[0][name]
-    if isinstance(cell, Mapping):
-        return format_cell({end: scale * number for end, number in cell.items()})
-    return format_cell(scale * cell)
+    found = cell(rows, name, **cells)
+    if isinstance(found, Mapping):
+        return format_cell({end: scale * number for end, number in found.items()})
+    return format_cell(scale * found)
 
 
 def above(rows: Rows, name: str, level: float, **cells: Any) -> bool:
     """Whether the intervals of all these rows lie above a level."""
     return all(row[name]["low"] > level for row in find(rows, **cells))
+
+
+def beyond(higher: Row, lower: Row) -> bool:
+    """Whether an interval lies above another."""
+    return higher["low"] > lower["high"]
 
 
 def holds(rows: Rows, name: str, value: float, **cells: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from experiments.claims import Claim, Row, Rows, above, column, falls, find, holds, mid, show
+from experiments.claims import Claim, Row, Rows, above, beyond, cell, column, falls, find, holds, mid, show
 
 BASELINES = ("reinforce_moving_average", "reinforce_value", "rloo")
 UNBIASED = ("reinforce", *BASELINES, "reinforce_to_go", "remax", "importance_token", "importance_sequence")
@@ -61,13 +61,15 @@ LEAVE_ONE_OUT = Claim(
         "A = G / (G - 1) (r - group mean), unbiased; less variance than without a baseline, the less the larger G"
     ),
     measured=lambda rows: (
-        f"where every group is counted, {max(counted(rows, 'furthest off, %')):.3f} % off at most; variance of equal "
-        "completions without a baseline, "
-        f"in groups of 2 and of {max(column(rows, 'G'))}: "
-        + ", and ".join(
-            f"{none:.3g}, {two:.3g}, {most:.3g}" for none, two, *_, most in by_family(rows, "equal completions")
+        f"where every group is counted, {max(counted(rows, 'furthest off, %')):.3f} % off at most; variance of equally "
+        "many completions, in multiples of that with the exact value as the baseline: "
+        + "; ".join(
+            f"{none:.3g} without a baseline, {two:.3g} in groups of 2 and {most:.3g} of {max(column(rows, 'G'))}, "
+            f"where there are {there} completions"
+            for there, (none, two, *_, most) in zip(
+                dict.fromkeys(column(rows, "completions there are")), by_family(rows, "equal completions"), strict=True
+            )
         )
-        + " times that with the exact value as the baseline"
     ),
     parts={
         "no bias": lambda rows: max(counted(rows, "furthest off, %")) < 0.01,
@@ -188,10 +190,10 @@ LENGTH_BIAS = Claim(
     source="Liu 2025",
     published="GRPO lengthens wrong completions, Dr. GRPO does not; both are as accurate†",
     measured=lambda rows: "; ".join(
-        f"settled by the {row['settled']} token, wrong completions end "
+        f"where the {row['settled']} token settles it, GRPO's wrong completions end "
         f"{show([row], 'length of wrong, less dr_grpo')} tokens longer than Dr. GRPO's, by dividing by the length "
-        f"alone {show(rows, 'length of wrong, less dr_grpo', settled=row['settled'], algorithm='only / length')}, and "
-        f"{show([row], 'accuracy, less dr_grpo', 100)} points more are right"
+        f"alone {show(rows, 'length of wrong, less dr_grpo', settled=row['settled'], algorithm='only / length')}; its "
+        f"share of right ones less Dr. GRPO's is {show([row], 'accuracy, less dr_grpo', 100)} points"
         for row in find(rows, algorithm="grpo")
     ),
     parts={
@@ -226,9 +228,8 @@ LINEAR = Claim(
     ),
     parts={
         "both come near the optimum": lambda rows: above(rows, "E[reward] at the end", -0.35),
-        "the pathwise gradient has less noise": lambda rows: (
-            find(rows, gradient=PATHWISE)[0]["variance at the end"]["high"]
-            < find(rows, gradient=SCORE)[0]["variance at the end"]["low"]
+        "the pathwise gradient has less noise": lambda rows: beyond(
+            *(cell(rows, "variance at the end", gradient=each) for each in (SCORE, PATHWISE))
         ),
     },
     note="1,000 episodes of a state of 10 numbers; the reward is -(a - 1)^2.",

@@ -1,6 +1,6 @@
 """Claims about what is learned from text, from judgements and from samples."""
 
-from experiments.claims import Claim, Row, Rows, above, column, falls, find, holds, mid, show
+from experiments.claims import Claim, Row, Rows, above, beyond, cell, column, falls, find, holds, mid, show
 
 HUMAN = Claim(
     recipe="human_preferences",
@@ -109,13 +109,15 @@ COMPARISON = Claim(
         "win rates on TL;DR: RLOO k=4 77.9 %†, k=2 74.2†, RAFT k=4 73.2†, k=2 72.1†, REINFORCE with a baseline 70.7†, "
         "without 70.4†, PPO 67.6†"
     ),
-    measured=lambda rows: (
-        f"{', '.join(COMPARED)}: "
-        + "; ".join(
-            f"{', '.join(show(rows, WAY, task=task, estimator=name) for name in COMPARED)} % of the way to the optimum "
-            f"({task})"
-            for task in dict.fromkeys(row["task"] for row in rows)
+    measured=lambda rows: "; ".join(
+        f"{task}: "
+        + ", ".join(
+            f"{'REINFORCE with a moving average' if name == BASELINE else name} "
+            f"{show(rows, WAY, task=task, estimator=name)}"
+            for name in COMPARED
         )
+        + " % of the way to the optimum"
+        for task in dict.fromkeys(row["task"] for row in rows)
     ),
     parts={
         "RLOO over RAFT": lambda rows: beats(rows, "RLOO k=4", "RAFT k=4"),
@@ -145,18 +147,13 @@ VERIFIABLE = Claim(
         f"{show(rows, 'greedy accuracy', 100, policy='rloo', seed='all')} %"
     ),
     parts={
-        "accuracy rises": lambda rows: (
-            find(rows, policy="rloo", seed="all")[0]["accuracy"]["low"]
-            > find(rows, policy="before RL")[0]["accuracy"]["high"]
-        ),
-        "so does that of the likeliest tokens": lambda rows: (
-            find(rows, policy="rloo", seed="all")[0]["greedy accuracy"]["low"]
-            > find(rows, policy="before RL")[0]["greedy accuracy"]["high"]
+        "sampled answers are right more often": lambda rows: beyond(
+            cell(rows, "accuracy", policy="rloo", seed="all"), cell(rows, "accuracy", policy="before RL")
         ),
     },
     note=(
         "Sums of two numbers and a policy of 110 thousand parameters, pretrained on an unreliable teacher's answers. "
-        "Nothing in it shows reasoning."
+        "Its likeliest tokens were right before: RL takes the noise out of the samples. Nothing in it shows reasoning."
     ),
     figure="verifiable.png",
 )
@@ -183,7 +180,7 @@ VERIFIABLE_LENGTH = Claim(
             column(rows, WRONG, policy="dr_grpo", seed="all") <= column(rows, WRONG, policy="before RL")
         ),
         "equal accuracy": lambda rows: overlap(
-            *(find(rows, policy=name, seed="all")[0]["accuracy"] for name in ("grpo", "dr_grpo"))
+            *(cell(rows, "accuracy", policy=name, seed="all") for name in ("grpo", "dr_grpo"))
         ),
     },
     note="Means over three seeds. GRPO is without its KL.",
@@ -193,7 +190,7 @@ VERIFIABLE_LENGTH = Claim(
 
 def overlap(one: Row, other: Row) -> bool:
     """Whether two intervals do."""
-    return one["low"] <= other["high"] and other["low"] <= one["high"]
+    return not beyond(one, other) and not beyond(other, one)
 
 
 FIT, NEAR_PERSON, NEAR_PASSAGE = "fit, nats", "nearness to the person's", "nearness to the passage's"
@@ -201,7 +198,7 @@ FIT, NEAR_PERSON, NEAR_PASSAGE = "fit, nats", "nearness to the person's", "nearn
 
 def wins(rows: Rows, judge: str) -> bool:
     """Whether the tuned policy wins most pairs with the one before RL, by a judge."""
-    return find(rows, measure=f"wins by {judge}")[0]["after"]["low"] > 0.5
+    return above(rows, "after", 0.5, measure=f"wins by {judge}")
 
 
 def won(rows: Rows, judge: str) -> str:
@@ -216,8 +213,7 @@ def moved(rows: Rows, measure: str) -> str:
 
 def rises(rows: Rows, measure: str) -> bool:
     """Whether a measure is higher after than before, beyond both intervals."""
-    row = find(rows, measure=measure)[0]
-    return row["after"]["low"] > row["before"]["high"]
+    return beyond(cell(rows, "after", measure=measure), cell(rows, "before", measure=measure))
 
 
 DIALOGUE = Claim(
@@ -236,8 +232,8 @@ DIALOGUE = Claim(
         "more specific": lambda rows: rises(rows, "specificity"),
         "fitting their message better": lambda rows: wins(rows, FIT),
         "nearer to a person's": lambda rows: wins(rows, NEAR_PERSON),
-        "copied where originality is not rewarded": lambda rows: (
-            (row := find(rows, measure="originality")[0])["without originality"]["high"] < row["before"]["low"]
+        "copied where originality is not rewarded": lambda rows: beyond(
+            *(cell(rows, name, measure="originality") for name in ("before", "without originality"))
         ),
     },
     note="SmolLM2-135M-Instruct with adapters, messages that people sent one another, one run.",

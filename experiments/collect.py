@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.judge import Failures, KeepFn, tell_failures, text_rewards
 from experiments.mapped import make_generate, prompt_indices
-from rl_jax.data.prompts import prompt_batch
+from rl_jax.data.batches import shuffled_batch
 from rl_jax.keys import Purpose, step_key
 from rl_jax.models.config import TransformerConfig
 from rl_jax.reinforce.advantages import zero_signal_groups
@@ -114,7 +114,7 @@ def make_collect(
         failures: Failures = []
 
         def complete(key: Array, stream: int, number: int) -> Collected:
-            batch = join_rows(prompt_batch(*prompts, batch_size, stream, number, own), mesh)
+            batch = join_rows(shuffled_batch(prompts, batch_size, stream, number, "prompts", own), mesh)
             sampled, greedy = mapped_sample(params, reward_params, key, *batch)
             return Collected(reward_text(sampled, failures), greedy and reward_text(greedy, failures))
 

@@ -30,7 +30,7 @@ import tyro
 from experiments.complete import Sampled, alike, complete
 from experiments.evaluate_figures import draw_policies
 from experiments.judge import JudgeFn, make_judge
-from experiments.pretrain import held_out_passages
+from experiments.pretrain import check_counts, held_out_passages
 from experiments.reinforcing import check_as_chat, spread
 from rl_jax.best_of_n import best_of_n_kl_bound, best_of_n_weights, is_binary, pass_at_k
 from rl_jax.data.conversations import make_render
@@ -159,9 +159,7 @@ def check(config: Config) -> None:
         raise InputError("A reward is named twice; each has its own columns, so once is enough.")
     if config.reward.weights:
         raise InputError("reward.weights has no effect: each reward has its own columns. Leave it out.")
-    for name in ("completions", "length", "most_prompts"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name} is {getattr(config, name)}; it must be at least 1.")
+    check_counts({name: getattr(config, name) for name in ("completions", "length", "most_prompts")})
     numbers = config.best_of
     if not numbers or not all(1 <= n <= config.completions for n in numbers) or len(set(numbers)) < len(numbers):
         raise InputError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rl_jax.run.figures import PALETTE, open_figure
+from rl_jax.run.figures import PALETTE, draw_interval, open_figure
 
 
 def draw_policies(path: Path, rows: list[dict[str, Any]], rewards: Sequence[str]) -> None:
@@ -29,7 +29,7 @@ def draw_policies(path: Path, rows: list[dict[str, Any]], rewards: Sequence[str]
         places = np.arange(len(rows))[::-1]
         for axes, reward in zip(every, rewards, strict=False):
             for place, row in zip(places, rows, strict=True):
-                draw_interval(axes, row[reward], place, colours[row["policy"]])
+                draw_interval(axes, row[reward], place, colours[row["policy"]], markersize=5)
             axes.set(yticks=places, yticklabels=[label(row) if axes is every[0] else "" for row in rows])
         if known:
             for name in policies:
@@ -41,7 +41,7 @@ def draw_policies(path: Path, rows: list[dict[str, Any]], rewards: Sequence[str]
                 x, y = np.array(sorted(points)).reshape(-1, 2).T
                 every[-1].plot(x, y, "o-", color=colours[name], linewidth=1.2, markersize=4, label=short_name(name))
             every[-1].set(xlabel="√KL from the first policy, √nats", xlim=(0, None))
-            every[-1].legend(frameon=False, fontsize=7)
+            every[-1].legend(fontsize=7)
 
 
 def short_name(folder: str) -> str:
@@ -59,11 +59,3 @@ def distance(row: dict[str, Any]) -> float | None:
     """The root of the KL, or of its bound; None where neither is known."""
     kl = row["KL, nats"].value if row["KL, nats"] is not None else row["KL at most"]
     return None if kl is None else math.sqrt(max(kl, 0.0))
-
-
-def draw_interval(axes: Any, estimate: Any, place: float, colour: str) -> None:
-    """A dot and its interval, as far as that is finite, on a line of its own."""
-    value, low, high = estimate
-    if math.isfinite(high - low):
-        axes.plot([low, high], [place, place], color=colour, linewidth=1.6)
-    axes.plot([value], [place], "o", color=colour, markersize=5)

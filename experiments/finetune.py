@@ -21,11 +21,12 @@ from jax.tree_util import Partial
 
 from experiments.judgements import say_left_out, split_rows
 from experiments.mapped import make_sum_microbatches
-from experiments.pretrain import check_batch, check_counts, check_optimizer, learning_rate
+from experiments.pretrain import check_training, learning_rate
+from rl_jax.data.batches import shuffled_batch
 from rl_jax.data.conversations import make_render
-from rl_jax.data.preferences import encode_preferences, padded_batches, preference_batch, read_demonstrations
+from rl_jax.data.preferences import encode_preferences, padded_batches, read_demonstrations
 from rl_jax.errors import InputError
-from rl_jax.keys import Purpose, check_seed, step_key
+from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
 from rl_jax.models.layout import model_axes, put_model, put_unchanged
@@ -43,7 +44,6 @@ from rl_jax.run.tracking import Tracker
 from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, TrainState
 
 CURVE_ROWS = 256  # held-out rows behind a point of the curve; the summary has them all
-COUNTS = ("steps", "batch_size", "microbatches", "evaluate_every", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +126,7 @@ def load_demonstrations(path: Path, tokenizer: Any, context: int) -> Demonstrati
 
 def check(settings: Finetuning, rows: Demonstrations, seed: int) -> None:
     """Raise InputError for settings that cannot work, before anything is trained."""
-    check_seed(seed)
-    check_optimizer(settings.learning_rate, settings.warmup, settings.weight_decay, settings.clip_norm)
-    check_counts({name: getattr(settings, name) for name in COUNTS})
-    check_batch(settings.batch_size, settings.microbatches)
+    check_training(settings, seed)
     if len(rows.train.prompts) < settings.batch_size:
         raise InputError(
             f"There are {len(rows.train.prompts)} rows to learn from, too few for a batch of {settings.batch_size}: "
@@ -142,7 +139,7 @@ def finetune(
 ) -> tuple[Policy, dict[str, Any]]:
     """Fine-tune a policy, or continue to: the policy, and what the summary says of it."""
     config, mesh = policy.config, make_mesh()
-    sum_parts = make_sum_microbatches(mesh)
+    sum_parts = make_sum_microbatches(mesh, settings.microbatches)
     schedule = learning_rate(settings.learning_rate, settings.steps, settings.warmup)
     optimizer = make_optimizer(schedule, settings.weight_decay, settings.clip_norm, (0.9, 0.95))
 
@@ -150,7 +147,7 @@ def finetune(
 
     def finetune_update(state: TrainState, base: PyTree, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
         whole = Partial(tuning.whole, base)
-        grads, metrics = finetune_gradient(state.params, batch, config, settings.microbatches, sum_parts, whole)
+        grads, metrics = finetune_gradient(state.params, batch, config, sum_parts, whole)
         rate = jnp.asarray(schedule(state.step))
         state, applied = apply_gradients(state, grads, optimizer)
         tokens = jnp.sum(batch.prompt_mask) + jnp.sum(batch.completion_mask)
@@ -175,7 +172,7 @@ def finetune(
     curve = jax.tree.map(lambda part: part[:CURVE_ROWS], rows.held_out)
 
     def step(state: TrainState, number: int) -> tuple[TrainState, Metrics]:
-        batch = preference_batch(rows.train, settings.batch_size, seed, number, own)
+        batch = shuffled_batch(rows.train, settings.batch_size, seed, number, "judged rows", own)
         state, metrics = mapped_update(state, base, join_rows(batch, mesh))
         if (number + 1) % settings.evaluate_every == 0:
             metrics["held_out_loss"] = held_out_loss(state.params, curve)
@@ -193,7 +190,6 @@ def finetune(
         writer=writer,
         checkpoints=checkpoints,
         checkpoint_every=settings.checkpoint_every,
-        shown=("loss", "tokens_per_second"),
     )
     close_checkpoints(checkpoints)
     after = float(held_out_loss(state.params, rows.held_out))

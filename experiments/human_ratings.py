@@ -21,8 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from rl_jax.data.preferences import Judged, write_preferences
-from rl_jax.data.ratings import (
+from experiments.vader_ratings import (
     SOURCES,
     Rated,
     draw_pairs,
@@ -34,6 +33,7 @@ from rl_jax.data.ratings import (
     read_rated,
     split_rated,
 )
+from rl_jax.data.preferences import Judged, write_preferences
 from rl_jax.errors import InputError
 from rl_jax.keys import check_seed
 from rl_jax.run.loop import run_main

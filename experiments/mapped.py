@@ -11,15 +11,14 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from rl_jax.learner import policy_gradient_update
-from rl_jax.microbatch import Part, SumParts, sum_over_microbatches
+from rl_jax.microbatch import SumParts, sum_over_microbatches
 from rl_jax.models.config import TransformerConfig
 from rl_jax.packing import choose_packing, sum_over_rows
-from rl_jax.pretraining import SumMicrobatches
 from rl_jax.reinforce.composition import Estimator
 from rl_jax.reinforce.gradient import ScoreFn, Scores
 from rl_jax.run.spmd import SUM, batch_parts, each_device, has_whole_models
 from rl_jax.sampling import Sampling
-from rl_jax.scoring import make_packed_score_fn, packed_reference_scores
+from rl_jax.scoring import make_score_fn, reference_scores
 from rl_jax.slots import generate_in_slots
 from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
 
@@ -66,33 +65,24 @@ def make_learning(
     if not has_whole_models(mesh):  # the devices need each other's parts of the parameters, at the same time
         packing = packing._replace(groups=batch_parts(mesh))
 
-    def reference_scores(ref_params: PyTree, rollout: Rollout) -> tuple[Array, Array]:
-        return packed_reference_scores(ref_params, rollout, config, sampling, packing)
+    def at_own_pace(fn: Callable[..., Any], out_axes: PyTree) -> Callable[..., Any]:
+        return each_device(fn, mesh, (None, 0), out_axes) if packing.groups == 1 else fn
 
-    def sum_parts(fn: Part, batch: PyTree) -> tuple[PyTree, PyTree]:
-        return at_own_pace(functools.partial(sum_over_rows, packing=packing), (None, 0), (SUM, 0))(fn, batch)
-
-    def at_own_pace(fn: Callable[..., Any], in_axes: tuple[PyTree, ...], out_axes: PyTree) -> Callable[..., Any]:
-        return each_device(fn, mesh, in_axes, out_axes) if packing.groups == 1 else fn
-
+    score_reference = functools.partial(reference_scores, config=config, sampling=sampling, packing=packing)
     return Learning(
-        reference_scores=at_own_pace(reference_scores, (None, 0), 0),
-        make_score_fn=lambda ref_params: make_packed_score_fn(ref_params, config, sampling, packing),
-        sum_parts=sum_parts,
+        reference_scores=at_own_pace(score_reference, 0),
+        make_score_fn=lambda ref_params: make_score_fn(ref_params, config, sampling, packing),
+        sum_parts=at_own_pace(functools.partial(sum_over_rows, packing=packing), (SUM, 0)),
     )
 
 
-def make_sum_microbatches(mesh: Mesh) -> SumMicrobatches:
+def make_sum_microbatches(mesh: Mesh, microbatches: int) -> SumParts:
     """Microbatches, of which each device adds up its own, so that the devices add up what they have once.
 
     Where they do not have whole models they need each other in every microbatch, and keep in step.
     """
-
-    def sum_own(fn: Part, batch: PyTree, microbatches: int) -> tuple[PyTree, PyTree]:
-        own = functools.partial(sum_over_microbatches, microbatches=microbatches)
-        return each_device(own, mesh, (None, 0), (SUM, 0))(fn, batch)
-
-    return sum_own if has_whole_models(mesh) else sum_over_microbatches
+    sum_own = functools.partial(sum_over_microbatches, microbatches=microbatches)
+    return each_device(sum_own, mesh, (None, 0), (SUM, 0)) if has_whole_models(mesh) else sum_own
 
 
 def make_update(

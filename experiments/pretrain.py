@@ -171,16 +171,21 @@ def model_config(settings: Pretraining) -> TransformerConfig:
 
 def check(settings: Pretraining, text: Text, seed: int) -> None:
     """Raise InputError for settings that cannot work, before anything is trained."""
-    check_seed(seed)
-    check_optimizer(settings.learning_rate, settings.warmup, settings.weight_decay, settings.clip_norm)
-    check_counts({name: getattr(settings, name) for name in COUNTS})
-    check_batch(settings.batch_size, settings.microbatches)
+    check_training(settings, seed)
     needed = settings.batch_size * settings.context + 1
     if len(text.train_tokens) < needed:
         raise InputError(
             f"The corpus has {len(text.train_tokens)} training tokens, too short for one batch of "
             f"{settings.batch_size} windows of {settings.context} ({needed} tokens): give more text or a smaller batch."
         )
+
+
+def check_training(settings: Any, seed: int) -> None:
+    """Raise InputError for what every stage but RL is set to, if it cannot work."""
+    check_seed(seed)
+    check_optimizer(settings)
+    check_counts({name: getattr(settings, name) for name in COUNTS})
+    check_batch(settings.batch_size, settings.microbatches)
 
 
 def check_counts(counts: dict[str, int]) -> None:
@@ -199,15 +204,14 @@ def check_batch(batch_size: int, microbatches: int) -> None:
         )
 
 
-def check_optimizer(learning_rate: float, warmup: int, weight_decay: float, clip_norm: float) -> None:
+def check_optimizer(settings: Any) -> None:
     """Raise InputError for numbers that AdamW cannot learn with."""
-    numbers = {"learning_rate": learning_rate, "clip_norm": clip_norm}
-    for name, value in numbers.items():
-        if not 0 < value < math.inf:
-            raise InputError(f"{name} is {value}; it must be a number above 0.")
-    for name, value in {"warmup": warmup, "weight_decay": weight_decay}.items():
-        if not 0 <= value < math.inf:
-            raise InputError(f"{name} is {value}; it must be a number of at least 0.")
+    for name in ("learning_rate", "clip_norm"):
+        if not 0 < getattr(settings, name) < math.inf:
+            raise InputError(f"{name} is {getattr(settings, name)}; it must be a number above 0.")
+    for name in ("warmup", "weight_decay"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise InputError(f"{name} is {getattr(settings, name)}; it must be a number of at least 0.")
 
 
 def learning_rate(peak: float, steps: int, warmup: int) -> optax.Schedule:
@@ -221,12 +225,12 @@ def pretrain(
 ) -> tuple[Policy, dict]:
     """Pretrain a new model or the given one, or continue to: the policy, and its row of the summary."""
     config, mesh = given.config if given else model_config(settings), make_mesh()
-    sum_parts = make_sum_microbatches(mesh)
+    sum_parts = make_sum_microbatches(mesh, settings.microbatches)
     schedule = learning_rate(settings.learning_rate, settings.steps, settings.warmup)
     optimizer = make_optimizer(schedule, settings.weight_decay, settings.clip_norm, (0.9, 0.95))
 
     def update(state: TrainState, tokens: Array) -> tuple[TrainState, Metrics]:
-        grads, metrics = pretrain_gradient(state.params, tokens, config, settings.microbatches, sum_parts)
+        grads, metrics = pretrain_gradient(state.params, tokens, config, sum_parts)
         rate = jnp.asarray(schedule(state.step))
         state, applied = apply_gradients(state, grads, optimizer)
         return state, metrics | applied | {"learning_rate": rate, "tokens": jnp.asarray(tokens[:, 1:].size)}
@@ -267,17 +271,12 @@ def pretrain(
         writer=writer,
         checkpoints=checkpoints,
         checkpoint_every=settings.checkpoint_every,
-        shown=("loss", "tokens_per_second"),
     )
     close_checkpoints(checkpoints)
     policy = given._replace(params=state.params) if given else Policy(state.params, config, text.tokenizer)
-    summary = summarise(held_out_sum(state.params), text, policy)
+    size = sum(x.size for x in jax.tree.leaves(policy.params))
+    summary = {"parameters": size} | measure_text(held_out_sum(state.params), text)
     return policy, summary | {f"{name}_before": value for name, value in before.items()}
-
-
-def summarise(nats: float, text: Text, policy: Policy) -> dict[str, float]:
-    """The size of a policy, and its held-out loss."""
-    return {"parameters": sum(x.size for x in jax.tree.leaves(policy.params))} | measure_text(nats, text)
 
 
 def measure_text(nats: float, text: Text) -> dict[str, float]:

@@ -86,10 +86,10 @@ def layout(tree: PyTree) -> PyTree:
 def pretraining_program(model: TransformerConfig, mesh: Mesh, windows: int, context: int, microbatches: int) -> Program:
     """An update from so many windows in all, `context` tokens each."""
 
-    sum_parts = make_sum_microbatches(mesh)
+    sum_parts = make_sum_microbatches(mesh, microbatches)
 
     def pretraining(state: TrainState, tokens: Array) -> tuple[TrainState, Metrics]:
-        grads, metrics = pretrain_gradient(state.params, tokens, model, microbatches, sum_parts)
+        grads, metrics = pretrain_gradient(state.params, tokens, model, sum_parts)
         state, applied = apply_gradients(state, grads, OPTIMIZER)
         return state, metrics | applied
 

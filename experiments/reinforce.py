@@ -40,7 +40,7 @@ from experiments.reinforcing import (
     make_sampling,
 )
 from experiments.rl_programs import make_programs
-from rl_jax.data.prompts import prompt_batch
+from rl_jax.data.batches import shuffled_batch
 from rl_jax.errors import InputError
 from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import init_state, make_optimizer
@@ -121,7 +121,8 @@ def reinforce(
     config, mesh = policy.config, make_mesh()
     sampling, tuning = make_sampling(settings, policy.ends), make_tuning(settings.lora, config)
     estimator = chosen_estimator(settings.estimator, settings.options, settings.group_size)
-    rate = make_rate(settings)
+    height, warmup = settings.learning_rate, settings.warmup
+    rate = optax.linear_schedule(height / (warmup + 1), height, warmup)
     optimizer = make_optimizer(  # whose steps are more than one in an update of several minibatches
         lambda count: rate(jnp.asarray(count) // estimator.updates), settings.weight_decay, settings.clip_norm, BETAS
     )
@@ -164,7 +165,7 @@ def reinforce(
         judge_params = params_of_round(state, number)
         if reward.on_text is None and estimator.sampling_rounds == 1 and not measure:
             keys = jnp.stack([step_key(seed, Purpose.SAMPLE, number), shuffle])
-            batch = join_rows(prompt_batch(*prompts.train, settings.prompts, seed, number, own), mesh)
+            batch = join_rows(shuffled_batch(prompts.train, settings.prompts, seed, number, "prompts", own), mesh)
             state, metrics, rollout = programs.sample_and_learn(state, ref_params, judge_params, keys, *batch)
         else:
             collected, rollout, selection = collect((ref_params, state.params), judge_params, number)
@@ -191,12 +192,6 @@ def reinforce(
     if settings.lora.rank:
         save_adapters(run / "adapters", state.params, settings.lora, config, policy.place)
     return policy._replace(params=tuned(state))
-
-
-def make_rate(settings: Reinforcing) -> optax.Schedule:
-    """The learning rate of each update: it rises to its height, and stays there."""
-    height, warmup = settings.learning_rate, settings.warmup
-    return optax.linear_schedule(height / (warmup + 1), height, warmup)
 
 
 def measure_reference(

@@ -190,7 +190,7 @@ def check(
 ) -> None:
     """Raise InputError for settings that cannot work, before anything is trained."""
     check_seed(seed)
-    check_optimizer(settings.learning_rate, settings.warmup, settings.weight_decay, settings.clip_norm)
+    check_optimizer(settings)
     check_lora(settings.lora, config)
     counts: dict[str, int] = {name: getattr(settings, name) for name in COUNTS}
     counts |= {f"compare.{name}": count for name, count in dataclasses.asdict(settings.compare).items()}

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from experiments.gallery import write_gallery
-from rl_jax.data.ratings import fetch_sdist
+from experiments.vader_ratings import fetch_sdist
 from rl_jax.errors import InputError
 from rl_jax.run.loop import RunFailed, run_main
 

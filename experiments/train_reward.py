@@ -27,10 +27,11 @@ from experiments.complete import complete
 from experiments.judgements import Judgements, Kind, kind_of, load_judgements, standardise
 from experiments.mapped import make_sum_microbatches
 from experiments.measure_reward import check_direction, diagnostics, held_out_metrics, judge_all
-from experiments.pretrain import check_batch, check_counts, check_optimizer, learning_rate
-from rl_jax.data.preferences import padded_batches, preference_batch
+from experiments.pretrain import check_counts, check_training, learning_rate
+from rl_jax.data.batches import shuffled_batch
+from rl_jax.data.preferences import padded_batches
 from rl_jax.errors import InputError
-from rl_jax.keys import Purpose, check_seed, step_key
+from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import make_optimizer
 from rl_jax.models.config import TransformerConfig
 from rl_jax.models.huggingface import Policy, load_policy
@@ -59,7 +60,6 @@ from rl_jax.sampling import Sampling
 from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, Rollout, TrainState
 
 EVALUATED = 512  # held-out rows behind a point of the curve; the summary has them all
-COUNTS = ("members", "steps", "batch_size", "microbatches", "evaluate_every", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,11 +136,9 @@ class Config:
 
 def check(settings: Learning, config: TransformerConfig, kind: Kind, rows: int, seed: int) -> None:
     """Raise InputError for settings that cannot work with so many rows to learn from, before anything is trained."""
-    check_seed(seed)
+    check_training(settings, seed)
     check_lora(settings.lora, config)
-    check_optimizer(settings.learning_rate, settings.warmup, settings.weight_decay, settings.clip_norm)
-    check_counts({name: getattr(settings, name) for name in COUNTS})
-    check_batch(settings.batch_size, settings.microbatches)
+    check_counts({"members": settings.members})
     for share in (*settings.curve_shares, 1.0):
         if not 0 < share <= 1 or share * rows < settings.batch_size:
             raise InputError(
@@ -198,15 +196,13 @@ def fit(
         Their params [K, ...], and their rewards of the held-out candidates, as the head reads them [K, M', K'].
     """
     mesh, loss_fn = make_mesh(), make_loss(settings, kind_of(held_out))
-    sum_parts, tuning = make_sum_microbatches(mesh), make_tuning(settings.lora, config)
+    sum_parts, tuning = make_sum_microbatches(mesh, settings.microbatches), make_tuning(settings.lora, config)
     schedule = learning_rate(settings.learning_rate, settings.steps, settings.warmup)
     optimizer = make_optimizer(schedule, settings.weight_decay, settings.clip_norm, (0.9, 0.95))
 
     def update(state: TrainState, base: PyTree, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
         whole = Partial(tuning.whole, base)
-        state, metrics = ensemble_update(
-            state, batch, config, loss_fn, optimizer, settings.microbatches, sum_parts, whole
-        )
+        state, metrics = ensemble_update(state, batch, config, loss_fn, optimizer, sum_parts, whole)
         return state, metrics | {"learning_rate": jnp.asarray(schedule(state.step - 1)), "tokens": tokens(batch)}
 
     def evaluate(params: PyTree, base: PyTree, batch: PreferenceBatch) -> tuple[Array, Array]:
@@ -234,7 +230,8 @@ def fit(
 
     def step(state: TrainState, number: int) -> tuple[TrainState, Mapping[str, Any]]:
         drawn = [
-            preference_batch(part, settings.batch_size, seed + (k << 64), number, own) for k, part in enumerate(parts)
+            shuffled_batch(part, settings.batch_size, seed + (k << 64), number, "judged rows", own)
+            for k, part in enumerate(parts)
         ]
         batch = jax.tree.map(lambda *rows: np.stack(rows), *drawn)
         state, metrics = mapped_update(state, base, join_rows(batch, mesh, axis=1))
@@ -296,9 +293,8 @@ def train_reward(
     """
     kind, rows = kind_of(data.train), len(data.train.labels)
     data = standardise(data) if kind == "ratings" else data
-    order = np.random.default_rng(0).permutation(
-        rows
-    )  # a file may be sorted, and a share of it is to be like the whole
+    # A file may be sorted, and a share of it is to be like the whole.
+    order = np.random.default_rng(0).permutation(rows)
 
     def fitted(layers: int, shares: Sequence[float], stage: str) -> tuple[RewardModel, np.ndarray]:
         backbone, config = make_backbone(policy.params, policy.config, layers or None)

@@ -2,6 +2,5 @@
 
 import os
 
-os.environ.setdefault(
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-)  # it advises to install PyTorch, which nothing here needs
+# It advises to install PyTorch, which nothing here needs.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from rl_jax.errors import InputError
-from rl_jax.evaluation import Estimate, mean_interval, share_interval
+from rl_jax.evaluation import Estimate, share_interval
 from rl_jax.types import Array, Rollout
 
 
@@ -49,25 +49,6 @@ def best_of_n_weights(rewards: np.ndarray, n: int) -> np.ndarray:
     return (shares[no_higher] - shares[lower]) / (no_higher - lower)
 
 
-def best_of_n_mean(rewards: np.ndarray, n: int, values: np.ndarray | None = None) -> Estimate:
-    """Unbiased estimate of the mean of a quantity over the best of n completions, from G >= n samples of each prompt.
-
-    Args:
-        rewards: by which the best is chosen. [N, G].
-        n: from 1 to G.
-        values: the quantity, such as another reward of the same completions. [N, G]; default `rewards`.
-
-    Returns:
-        The mean over the prompts and its interval.
-
-    Raises:
-        InputError: as `best_of_n_weights`.
-    """
-    values = np.asarray(rewards if values is None else values, np.float64)
-    chex.assert_equal_shape([rewards, values])
-    return mean_interval(np.sum(best_of_n_weights(rewards, n) * values, axis=1, keepdims=True))
-
-
 def pass_at_k(correct: np.ndarray, k: int) -> Estimate:
     """Chance that one of k completions is correct: the mean of 1 - C(G - c, k) / C(G, k) with c of G correct.
 
@@ -84,7 +65,7 @@ def pass_at_k(correct: np.ndarray, k: int) -> Estimate:
     correct = np.asarray(correct, np.float64)
     if not is_binary(correct):
         raise InputError("pass@k is of rewards that are 0 or 1, and a reward here is neither.")
-    return share_interval(np.sum(best_of_n_weights(correct, k) * correct, axis=1, keepdims=True))
+    return share_interval(np.sum(best_of_n_weights(correct, k) * correct, axis=1))
 
 
 def is_binary(rewards: np.ndarray) -> bool:

@@ -26,8 +26,12 @@ class Estimate(NamedTuple):
 
 
 def mean_interval(values: np.ndarray) -> Estimate:
-    """Mean of values [N, G], with Student's interval over the N means of the prompts; infinite for one prompt."""
-    means = np.asarray(values, np.float64).mean(axis=1)
+    """Mean of values [N, G], with Student's interval over the N means of the prompts; infinite for one prompt.
+
+    Of values [N], such as those of seeds, the interval is over them.
+    """
+    means = np.asarray(values, np.float64)
+    means = means.mean(axis=1) if means.ndim > 1 else means
     mean, prompts = float(means.mean()), len(means)
     if prompts < 2:
         return Estimate(mean, -math.inf, math.inf)
@@ -36,9 +40,8 @@ def mean_interval(values: np.ndarray) -> Estimate:
 
 
 def share_interval(shares: np.ndarray) -> Estimate:
-    """`mean_interval` of shares [N, G], each in [0, 1]; so are the ends of the interval."""
-    share = mean_interval(shares)
-    return Estimate(share.value, max(share.low, 0.0), min(share.high, 1.0))
+    """`mean_interval` of shares, [N, G] or [N], each in [0, 1]; so are the ends of the interval."""
+    return Estimate(*np.clip(mean_interval(shares), 0.0, 1.0).tolist())
 
 
 def win_shares(challenger: np.ndarray, incumbent: np.ndarray) -> np.ndarray:
@@ -61,9 +64,7 @@ def win_shares(challenger: np.ndarray, incumbent: np.ndarray) -> np.ndarray:
 
 
 def win_rate(challenger: np.ndarray, incumbent: np.ndarray) -> Estimate:
-    """Share of pairs of completions of the same prompt in which the challenger's has the higher reward.
-
-    Ties count half. Every completion of one is paired with every one of the other.
+    """Share of the pairs of completions of a prompt that the challenger wins: the mean of `win_shares`.
 
     Args:
         challenger: rewards [N, G].
@@ -115,8 +116,7 @@ def position_bias(verdicts: np.ndarray) -> Estimate:
     Returns:
         In [-1, 1]: 1 for a judge that always takes the first, -1 for one that always takes the second.
     """
-    bias = mean_interval(verdicts.sum(axis=2) - 1)
-    return Estimate(bias.value, max(bias.low, -1.0), min(bias.high, 1.0))
+    return Estimate(*np.clip(mean_interval(verdicts.sum(axis=2) - 1), -1.0, 1.0).tolist())
 
 
 def distinct_n(completions: Iterable[Sequence[int]], n: int) -> float:
@@ -126,10 +126,8 @@ def distinct_n(completions: Iterable[Sequence[int]], n: int) -> float:
 
 
 def _ask(judge: Judge, prompt: str, first: str, second: str) -> float:
-    name, shown = (
-        getattr(judge, "__qualname__", repr(judge)),
-        f"the completions were {first!r:.200} and {second!r:.200}",
-    )
+    name = getattr(judge, "__qualname__", repr(judge))
+    shown = f"the completions were {first!r:.200} and {second!r:.200}"
     try:
         verdict = np.asarray(judge(prompt, first, second))
     except Exception as error:

@@ -184,11 +184,15 @@ def policy_gradient_update(
         about |= _noise(state, experience, estimator, score_fn, group_size, noise_at_once)
     updated, metrics = _fit(state, experience, estimator, score_fn, optimizer, key, sum_parts)
     nonfinite = jnp.where(updated.nonfinite > 0, state.nonfinite + 1, 0)
+    coefficient = state.kl_coefficient
+    if estimator.kl_target is not None:
+        steering = {"target": estimator.kl_target, "horizon": estimator.kl_horizon, "completions": len(rewards)}
+        coefficient = adaptive_kl_coefficient(coefficient, about["kl_k1"], **steering)
     updated = dataclasses.replace(
         updated,
         step=state.step + 1,
         baseline=jnp.where(jnp.isfinite(baseline), baseline, state.baseline),
-        kl_coefficient=_next_kl_coefficient(state, estimator, about["kl_k1"], len(rewards)),
+        kl_coefficient=coefficient,
         nonfinite=nonfinite,
     )
     metrics |= {"nonfinite": nonfinite, "kl_coefficient": state.kl_coefficient}
@@ -210,9 +214,7 @@ def experience_gradient(
         params: what the gradient is taken for.
         kl_coefficient: reward units a nat. [].
         experience: a batch, or a part of one that is to have an update of its own.
-        estimator: a row of `rl_jax.reinforce.estimators`.
-        score_fn: the policy's scores of a rollout.
-        sum_parts: how the gradient is accumulated over parts of the batch.
+        estimator: as for `policy_gradient_update`, and so are score_fn and sum_parts.
 
     Returns:
         As `reinforce_gradient`.
@@ -347,13 +349,6 @@ def _noise(
         return jax.tree.map(lambda x: scale * x, grads)
 
     return gradient_noise(gradient, groups, at_once)
-
-
-def _next_kl_coefficient(state: TrainState, estimator: Estimator, kl: Array, completions: int) -> Array:
-    if estimator.kl_target is None:
-        return state.kl_coefficient
-    settings = {"target": estimator.kl_target, "horizon": estimator.kl_horizon, "completions": completions}
-    return adaptive_kl_coefficient(state.kl_coefficient, kl, **settings)
 
 
 def _batch_metrics(experience: Experience, rewards: Array, kl: Array, group_size: int) -> Metrics:

@@ -3,6 +3,7 @@
 Letters: B windows or prompts, L predicted tokens of a window, C completion length.
 """
 
+import functools
 from collections.abc import Callable
 
 import chex
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from rl_jax.masked import masked_sum
-from rl_jax.microbatch import Part, sum_over_microbatches
+from rl_jax.microbatch import SumParts, sum_over_whole
 from rl_jax.models.config import TransformerConfig
 from rl_jax.models.lora import WholeFn, itself
 from rl_jax.models.transformer import hidden_states
@@ -19,9 +20,6 @@ from rl_jax.reinforce.objectives import token_weights
 from rl_jax.sampling import Sampling
 from rl_jax.scoring import completion_logprobs, token_scores
 from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, Rollout
-
-SumMicrobatches = Callable[[Part, PyTree, int], tuple[PyTree, PyTree]]
-"""As `sum_over_microbatches`."""
 
 
 def language_model_logprobs(params: PyTree, tokens: Array, config: TransformerConfig) -> Array:
@@ -32,11 +30,7 @@ def language_model_logprobs(params: PyTree, tokens: Array, config: TransformerCo
 
 
 def pretrain_gradient(
-    params: PyTree,
-    tokens: Array,
-    config: TransformerConfig,
-    microbatches: int = 1,
-    sum_parts: SumMicrobatches = sum_over_microbatches,
+    params: PyTree, tokens: Array, config: TransformerConfig, sum_parts: SumParts = sum_over_whole
 ) -> tuple[PyTree, Metrics]:
     """Gradient of the mean next-token cross-entropy of packed windows.
 
@@ -44,23 +38,13 @@ def pretrain_gradient(
         params: the model's parameters.
         tokens: int32 [B, L + 1].
         config: the model's configuration.
-        microbatches: parts that the batch is worked through in.
-        sum_parts: how these are added up.
+        sum_parts: how the gradient is accumulated over parts of the batch.
 
     Returns:
         The gradient, shaped as `params`, and {"loss": nats a token}.
     """
-    weights = token_weights(jnp.ones(tokens[:, 1:].shape, bool), "token")
-
-    def loss_fn(params: PyTree, part: tuple[Array, Array]) -> tuple[Array, Metrics]:
-        tokens, weights = part
-        loss = -jnp.sum(weights * language_model_logprobs(params, tokens, config))
-        return loss, {"loss": loss}
-
-    def gradient(params: PyTree, part: tuple[Array, Array]) -> tuple[tuple[PyTree, Metrics], tuple[()]]:
-        return jax.grad(loss_fn, has_aux=True)(params, part), ()
-
-    return sum_parts(Partial(gradient, params), (tokens, weights), microbatches)[0]
+    mask = jnp.ones(tokens[:, 1:].shape, bool)
+    return _gradient(functools.partial(language_model_logprobs, config=config), params, tokens, mask, sum_parts)
 
 
 def held_out_nats(params: PyTree, tokens: Array, mask: Array, config: TransformerConfig) -> Array:
@@ -72,8 +56,7 @@ def finetune_gradient(
     params: PyTree,
     batch: PreferenceBatch,
     config: TransformerConfig,
-    microbatches: int = 1,
-    sum_parts: SumMicrobatches = sum_over_microbatches,
+    sum_parts: SumParts = sum_over_whole,
     whole: WholeFn = itself,
 ) -> tuple[PyTree, Metrics]:
     """Gradient of the mean cross-entropy of the tokens of completions, given their prompts; prompts cost nothing.
@@ -84,27 +67,15 @@ def finetune_gradient(
         params: what is trained of the model.
         batch: prompts with one completion each, completions [B, 1, C]; labels and margins count for nothing.
         config: the model's configuration.
-        microbatches: parts that the batch is worked through in.
-        sum_parts: how these are added up.
+        sum_parts: how the gradient is accumulated over parts of the batch.
         whole: what is trained -> the model's parameters.
 
     Returns:
         The gradient, shaped as `params`, and {"loss": nats a completion token}.
     """
     rollout = demonstrations(batch)
-    weights = token_weights(rollout.completion_mask, "token")
-
-    def loss_fn(params: PyTree, whole: WholeFn, part: tuple[Rollout, Array]) -> tuple[Array, Metrics]:
-        rollout, weights = part
-        loss = -jnp.sum(weights * _logprobs(whole(params), rollout, config))
-        return loss, {"loss": loss}
-
-    def gradient(
-        params: PyTree, whole: WholeFn, part: tuple[Rollout, Array]
-    ) -> tuple[tuple[PyTree, Metrics], tuple[()]]:
-        return jax.grad(loss_fn, has_aux=True)(params, whole, part), ()
-
-    return sum_parts(Partial(gradient, params, whole), (rollout, weights), microbatches)[0]
+    logprobs_fn = functools.partial(_logprobs, config=config)
+    return _gradient(logprobs_fn, params, rollout, rollout.completion_mask, sum_parts, whole)
 
 
 def completion_nats(params: PyTree, batch: PreferenceBatch, config: TransformerConfig) -> Array:
@@ -123,3 +94,24 @@ def demonstrations(batch: PreferenceBatch) -> Rollout:
 
 def _logprobs(params: PyTree, rollout: Rollout, config: TransformerConfig) -> Array:
     return completion_logprobs(params, rollout, config, Sampling(length=rollout.completions.shape[1]))
+
+
+def _gradient(
+    logprobs_fn: Callable[[PyTree, PyTree], Array],
+    params: PyTree,
+    batch: PyTree,
+    mask: Array,
+    sum_parts: SumParts,
+    whole: WholeFn = itself,
+) -> tuple[PyTree, Metrics]:
+    """Of the mean cross-entropy of the tokens under a mask, whose log-probabilities are a function of a batch."""
+
+    def loss_fn(params: PyTree, whole: WholeFn, part: tuple[PyTree, Array]) -> tuple[Array, Metrics]:
+        batch, weights = part
+        loss = -jnp.sum(weights * logprobs_fn(whole(params), batch))
+        return loss, {"loss": loss}
+
+    def gradient(params: PyTree, whole: WholeFn, part: tuple[PyTree, Array]) -> tuple[tuple[PyTree, Metrics], tuple]:
+        return jax.grad(loss_fn, has_aux=True)(params, whole, part), ()
+
+    return sum_parts(Partial(gradient, params, whole), (batch, token_weights(mask, "token")))[0]

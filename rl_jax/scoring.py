@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 
 from rl_jax.models.config import TransformerConfig
 from rl_jax.models.transformer import hidden_states, logits, seen_states, values
-from rl_jax.packing import Packing, Rows, by_group, from_rows, pack, sum_over_rows, to_rows
+from rl_jax.packing import Packing, by_group, from_rows, pack, sum_over_rows, to_rows
 from rl_jax.reinforce.distributions import entropy, exact_kl, token_logprobs
 from rl_jax.reinforce.gradient import ScoreFn, Scores
 from rl_jax.run.spmd import traced_batch_parts, traced_platform
@@ -104,12 +104,17 @@ def score_completions(
     config: TransformerConfig,
     sampling: Sampling,
     reference: Reference | None = None,
+    packing: Packing | None = None,
 ) -> Scores:
-    """`token_scores` of a rollout's completions, and what a critic says of them; 0 where they are masked."""
-    states = completion_states(params, rollout, config)
-    scores = token_scores(params, states, rollout.completions, config, sampling, reference)
-    scores = scores._replace(values=values(params, states))
-    return jax.tree.map(lambda x: jnp.where(rollout.completion_mask, x, 0.0), scores)
+    """`token_scores` of a rollout's completions, and what a critic says of them; 0 where they are masked.
+
+    With a packing the same without the padding, of sequences that fit into one part of it.
+    """
+    states, to, back = _laid_out(params, rollout, config, packing)
+    if reference is not None:
+        reference = reference._replace(states=to(reference.states))
+    scores = token_scores(params, states, to(rollout.completions), config, sampling, reference)
+    return jax.tree.map(back, scores._replace(values=values(params, states)))
 
 
 def completion_logprobs(params: PyTree, rollout: Rollout, config: TransformerConfig, sampling: Sampling) -> Array:
@@ -128,7 +133,11 @@ def completion_logprobs(params: PyTree, rollout: Rollout, config: TransformerCon
 
 
 def reference_scores(
-    ref_params: PyTree, rollout: Rollout, config: TransformerConfig, sampling: Sampling
+    ref_params: PyTree,
+    rollout: Rollout,
+    config: TransformerConfig,
+    sampling: Sampling,
+    packing: Packing | None = None,
 ) -> tuple[Array, Array]:
     """What the reference policy says of a rollout, once for all the updates made from it.
 
@@ -137,72 +146,47 @@ def reference_scores(
         rollout: B sequences.
         config: its configuration.
         sampling: how the rollout was sampled; the reference has its temperature, without its filters.
+        packing: works through it in the parts that `sum_over_rows` makes, without the padding.
 
     Returns:
         Log-probabilities, 0 where masked [B, C], and states [B, C, D]: the context of `make_score_fn`'s function.
     """
-    states = completion_states(ref_params, rollout, config)
-    scores = token_scores(ref_params, states, rollout.completions, config, untruncated(sampling))
-    return jnp.where(rollout.completion_mask, scores.logprobs, 0.0), states
-
-
-def make_score_fn(ref_params: PyTree, config: TransformerConfig, sampling: Sampling) -> ScoreFn:
-    """The scores that the policy gradient asks for, of a Transformer beside a reference of the same configuration."""
-
-    def score(ref_params: PyTree, params: PyTree, rollout: Rollout, ref_states: Array) -> Scores:
-        return score_completions(params, rollout, config, sampling, Reference(ref_params, ref_states))
-
-    return Partial(score, ref_params)
-
-
-def score_packed(
-    params: PyTree,
-    rollout: Rollout,
-    config: TransformerConfig,
-    sampling: Sampling,
-    packing: Packing,
-    reference: Reference | None = None,
-) -> Scores:
-    """`score_completions` without the padding: what it says of sequences that fit into one part of the packing."""
-    rows, pack_more, unpack = _pack(rollout, packing)
-    states = seen_states(params, rows.tokens, rows.positions, rows.seen, config)
-    if reference is not None:
-        reference = reference._replace(states=pack_more(reference.states))
-    scores = token_scores(params, states, pack_more(rollout.completions), config, sampling, reference)
-    return jax.tree.map(unpack, scores._replace(values=values(params, states)))
-
-
-def packed_reference_scores(
-    ref_params: PyTree, rollout: Rollout, config: TransformerConfig, sampling: Sampling, packing: Packing
-) -> tuple[Array, Array]:
-    """`reference_scores` without the padding."""
 
     def score(part: Rollout) -> tuple[tuple[()], tuple[Array, Array]]:
-        rows, pack_more, unpack = _pack(part, packing)
-        states = seen_states(ref_params, rows.tokens, rows.positions, rows.seen, config)
-        tokens = pack_more(part.completions)
+        states, to, back = _laid_out(ref_params, part, config, packing)
+        tokens = to(part.completions)
         logprobs = token_scores(ref_params, states, tokens, config, untruncated(sampling)).logprobs
-        return (), (unpack(logprobs), unpack(states))
+        return (), (back(logprobs), states if packing is None else back(states))
 
-    return sum_over_rows(score, rollout, packing)[1]
+    return (score(rollout) if packing is None else sum_over_rows(score, rollout, packing))[1]
 
 
-def make_packed_score_fn(
-    ref_params: PyTree, config: TransformerConfig, sampling: Sampling, packing: Packing
+def make_score_fn(
+    ref_params: PyTree, config: TransformerConfig, sampling: Sampling, packing: Packing | None = None
 ) -> ScoreFn:
-    """As `make_score_fn`, for the parts that `sum_over_rows` makes with the same packing."""
+    """The scores that the policy gradient asks for, of a Transformer beside a reference of the same configuration.
+
+    With a packing they are for the parts that `sum_over_rows` makes with the same one.
+    """
 
     def score(ref_params: PyTree, params: PyTree, rollout: Rollout, ref_states: Array) -> Scores:
-        return score_packed(params, rollout, config, sampling, packing, Reference(ref_params, ref_states))
+        return score_completions(params, rollout, config, sampling, Reference(ref_params, ref_states), packing)
 
     return Partial(score, ref_params)
 
 
-def _pack(rollout: Rollout, packing: Packing) -> tuple[Rows, Callable[[Array], Array], Callable[[Array], Array]]:
-    """A rollout in rows; [B, C, ...] -> [R, W, ...] of what else is known of its tokens; and the way back."""
+def _laid_out(
+    params: PyTree, rollout: Rollout, config: TransformerConfig, packing: Packing | None
+) -> tuple[Array, Callable[[Array], Array], Callable[[Array], Array]]:
+    """The states that predict completion tokens, in rows [R, W, D] where there is a packing, else [B, C, D]; the way of
+    what is known of tokens, [B, C, ...], to where these states are; and the way back, where what is masked is 0."""
+    mask = rollout.completion_mask
+    if packing is None:
+        return completion_states(params, rollout, config), lambda x: x, lambda x: jnp.where(mask, x, 0.0)
     rows = by_group(functools.partial(pack, packing=packing), packing.groups)(rollout)
     to, back = by_group(to_rows, packing.groups), by_group(from_rows, packing.groups)
-    return rows, lambda x: to(x, rows), lambda x: back(x, rows, rollout.completion_mask)
+    states = seen_states(params, rows.tokens, rows.positions, rows.seen, config)
+    return states, lambda x: to(x, rows), lambda x: back(x, rows, mask)
 
 
 def _columns_at_once(shape: tuple[int, ...], vocab_size: int) -> int:

@@ -7,6 +7,7 @@ work, these go on alone, in a smaller batch. The host is never asked.
 Letters: N prompts, G completions of each, B = N * G sequences, S slots, P prompt length, C completion length.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from rl_jax.models.config import TransformerConfig
-from rl_jax.models.ring import Pairs, Ring, empty_ring, ring_step, take_prompts, take_slots
-from rl_jax.models.transformer import logits, prefill
+from rl_jax.models.ring import Ring, empty_ring, ring_step, take_prompts, take_slots
+from rl_jax.models.transformer import Pairs, logits, prefill
 from rl_jax.rollout import check_lengths, compute_params, sample_tokens, sequence_uniforms
 from rl_jax.sampling import Sampling
 from rl_jax.types import Array, PyTree, Rollout
@@ -79,21 +80,10 @@ def generate_in_slots(
 ) -> Rollout:
     """Sample a group of completions for each prompt: token for token those of `rollout.generate`.
 
+    The other arguments, shapes and errors are as there.
+
     Args:
-        params: the policy's parameters.
-        key: the key of this step.
-        prompts: token ids, left-padded. int32 [N, P].
-        prompt_mask: true on real tokens; every prompt has one. bool [N, P].
-        config: the policy's configuration.
-        sampling: group size, length and distribution.
-        index: global index of each prompt, where `prompts` is part of a larger batch. int32 [N]; default 0 to N - 1.
         slots: S, sequences at work at once; 0 for all of them. Fewer take less memory.
-
-    Returns:
-        As `rollout.generate`.
-
-    Raises:
-        InputError: prompt and completion do not fit the context.
     """
     chex.assert_rank([prompts, prompt_mask], 2)
     chex.assert_equal_shape([prompts, prompt_mask])
@@ -106,14 +96,9 @@ def generate_in_slots(
 
     states, cache = prefill(params, prompts, prompt_mask, config, prompts.shape[1])
     scores = jnp.repeat(logits(params, states, config), sampling.group_size, axis=0)
-    pairs = tuple(zip(cache.keys, cache.values, strict=True))
-    queue = _Queue(pairs, prompt_mask, sample_tokens(scores, uniforms[:, 0], sampling), uniforms)
-
-    def refill(carry: _Slots) -> _Slots:
-        return _refill(carry, queue, sampling)
-
-    def advance(carry: _Slots) -> _Slots:
-        return _advance(carry, queue, params, config, sampling)
+    queue = _Queue(cache.pairs, prompt_mask, sample_tokens(scores, uniforms[:, 0], sampling), uniforms)
+    refill = functools.partial(_refill, queue=queue, sampling=sampling)
+    advance = functools.partial(_advance, queue=queue, params=params, config=config, sampling=sampling)
 
     stages = [slots]
     while not sampling.ignore_eos and sampling.eos and stages[-1] >= SHRINK * FEWEST:

@@ -10,41 +10,24 @@
             ...
             return policy_gradient_update(state, rollout, rewards, optimizer=optimizer, ...)
 
-        return scan_updates(update, state, 200)
+        return jax.lax.scan(update, state, jnp.arange(200))
 
     settings = product_grid(seed=range(10), learning_rate=(1e-3, 3e-3), temperature=(0.7, 1.0), kl_coefficient=(0.05,))
     states, metrics = make_sweep(run, make_mesh())(settings, ref_params, prompts, prompt_mask)   # [40, ...] each
 
 What changes the program (an estimator, a group size, a number of updates) is another `run`; what is a number is a
-setting. Letters: R runs, U updates.
+setting. Letters: R runs.
 """
 
 import itertools
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rl_jax.errors import InputError
 from rl_jax.run.spmd import Mesh, pmapped, put
-from rl_jax.types import Array, PyTree
-
-
-def scan_updates(
-    update_fn: Callable[[PyTree, Array], tuple[PyTree, PyTree]], state: PyTree, steps: int
-) -> tuple[PyTree, PyTree]:
-    """A whole run as one program.
-
-    Args:
-        update_fn: state, number of the update int32 [] -> state, metrics. Keys come from the number (`step_key`).
-        state: before the first update; what comes out has its shapes and dtypes.
-        steps: U, how many updates.
-
-    Returns:
-        The state after the last update, and the metrics of each. [U, ...].
-    """
-    return jax.lax.scan(update_fn, state, jnp.arange(steps))
+from rl_jax.types import PyTree
 
 
 def product_grid(**values: Sequence[float]) -> dict[str, np.ndarray]:

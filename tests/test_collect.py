@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import collect, judge
-from rl_jax.data.prompts import prompt_batch
+from rl_jax.data.batches import shuffled_batch
 from rl_jax.keys import Purpose, step_key
 from rl_jax.rewards.compose import Reward
 from rl_jax.rollout import refill_groups
@@ -43,7 +43,7 @@ def signal(collected):
 
 def test_one_round_is_the_batch_of_the_step():
     collected, first, rounds = make(0.5, 1)(jnp.float32(0), (), 5)
-    prompts, mask = prompt_batch(*PROMPTS, N, SEED, 5)
+    prompts, mask = shuffled_batch(PROMPTS, N, SEED, 5, "prompts")
     expected = fake_sample(0.5)(jnp.float32(0), (), step_key(SEED, Purpose.SAMPLE, 5), prompts, mask)
     np.testing.assert_array_equal(collected.sampled.rollout.prompts, expected.sampled.rollout.prompts)
     np.testing.assert_array_equal(collected.sampled.rewards, expected.sampled.rewards)

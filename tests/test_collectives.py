@@ -82,8 +82,8 @@ def pretraining_program(sizes, layers=2, microbatches=1):
     mesh, config = mesh_of(sizes), config_of(layers)
 
     def update(state, tokens):
-        sum_parts = make_sum_microbatches(mesh)
-        grads, metrics = pretrain_gradient(state.params, tokens, config, microbatches, sum_parts)
+        sum_parts = make_sum_microbatches(mesh, microbatches)
+        grads, metrics = pretrain_gradient(state.params, tokens, config, sum_parts)
         state, applied = apply_gradients(state, grads, OPTIMIZER)
         return state, metrics | applied
 
@@ -101,8 +101,7 @@ def reward_program(sizes, layers=2, microbatches=1, members=2):
         return bradley_terry_loss(rewards, batch.labels, batch.margins)
 
     def update(state, batch):
-        sum_parts = make_sum_microbatches(mesh)
-        return ensemble_update(state, batch, config, loss, OPTIMIZER, microbatches, sum_parts)
+        return ensemble_update(state, batch, config, loss, OPTIMIZER, make_sum_microbatches(mesh, microbatches))
 
     params = jax.vmap(lambda key: init_reward_params(key, backbone, config))(keys)
     state = put_model(init_ensemble_state(params, OPTIMIZER), mesh)

@@ -10,7 +10,7 @@ import pytest
 
 from experiments.recipes import compare_estimators
 from experiments.recipes.compare_estimators import PUBLISHED, RIVAL, Config, Field, contenders, judge, make_run
-from experiments.recipes.tasks import bandit_task
+from experiments.recipes.compare_estimators_tasks import bandit_task
 from rl_jax.errors import InputError
 
 TINY = Config(

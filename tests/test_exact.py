@@ -255,17 +255,21 @@ def _names(rollout):
 
 
 def test_every_group_is_there_once():
-    tokens = tokens_of(TABLE, ONE)
-    index, logprobs = exact.every_group(ONE, tokens, 3)
-    assert [tuple(row) for row in index.tolist()] == list(itertools.product(range(7), repeat=3))
-    by_completion = np.where(ONE.completion_mask, tokens, 0).sum(axis=1)
-    np.testing.assert_allclose(logprobs, by_completion[np.asarray(index)].sum(axis=1), rtol=1e-5)
-    np.testing.assert_allclose(jnp.sum(jnp.exp(logprobs)), 1, rtol=1e-5)
-    np.testing.assert_array_equal(exact.every_group(ONE, tokens, 1)[0][:, 0], np.arange(7))
+    tokens, mask = tokens_of(TABLE, ONE), np.asarray(ONE.completion_mask)
+
+    def group(rollout):
+        same = (rollout.completions[:, None] == ONE.completions[None]) & (
+            rollout.completion_mask[:, None] == mask[None]
+        )
+        return jax.nn.one_hot(jnp.argmax(jnp.all(same, axis=2), axis=1) @ jnp.array([49, 7, 1]), 7**3)
+
+    chance = np.exp(np.where(mask, tokens, 0).sum(axis=1))
+    expected = np.einsum("a,b,c->abc", chance, chance, chance).reshape(-1)
+    np.testing.assert_allclose(exact.expected_gradient(group, ONE, tokens, 3), expected, rtol=1e-5)
     with pytest.raises(InputError, match=r"7 completions make 117649 groups of 6.*no more than 100000"):
-        exact.every_group(ONE, tokens, 6)
+        exact.expected_gradient(group, ONE, tokens, 6)
     with pytest.raises(InputError, match="groups of 0"):
-        exact.every_group(ONE, tokens, 0)
+        exact.expected_gradient(group, ONE, tokens, 0)
 
 
 def group_gradient(advantage_fn):

@@ -16,7 +16,7 @@ from rl_jax.models.transformer import hidden_states, init_params
 from rl_jax.packing import Packing
 from rl_jax.rollout import generate
 from rl_jax.sampling import Sampling
-from rl_jax.scoring import completion_logprobs, score_packed
+from rl_jax.scoring import completion_logprobs, score_completions
 from rl_jax.slots import generate_in_slots
 
 VOCAB = 40
@@ -71,7 +71,7 @@ def test_decoding_with_either_cache_agrees_with_reading_the_whole(name):
     expected = completion_logprobs(params, ring, config, sampling)
     np.testing.assert_allclose(ring.behavior_logprobs, expected, atol=2e-5)
     np.testing.assert_allclose(plain.behavior_logprobs, expected, atol=2e-5)
-    packed = jax.jit(lambda p: score_packed(p, ring, config, sampling, Packing(4, 40)))(params)
+    packed = jax.jit(lambda p: score_completions(p, ring, config, sampling, packing=Packing(4, 40)))(params)
     np.testing.assert_allclose(packed.logprobs, expected, atol=2e-5)
 
 

@@ -52,7 +52,6 @@ def test_data_has_titles_labels_and_every_mark(tmp_path):
         others.bar([1, 2], [4, 5], color=blue, label="standing")
         others.barh([3], [6], color=blue)
         others.scatter([1], [2], color=orange)
-        others.hlines([1, 2], 0, [3, 4], color=blue)
         others.fill_between([0, 1], [0, 0], [1, 2], color=blue, label="alone")
         others.imshow(np.zeros((2, 2)))
     left, right = shown(tmp_path / "a.png")
@@ -70,7 +69,6 @@ def test_data_has_titles_labels_and_every_mark(tmp_path):
         {"mark": "bars", "label": "standing", "colour": blue, "x": [1, 2], "y": [4, 5]},
         {"mark": "bars", "colour": blue, "x": [6], "y": [3]},
         {"mark": "dots", "colour": orange, "x": [1], "y": [2]},
-        {"mark": "segments", "colour": blue, "x": [[0, 3], [0, 4]], "y": [[1, 1], [2, 2]]},
         {"mark": "band", "label": "alone", "colour": blue, "x": [0, 1], "low": [0, 0], "high": [1, 2]},
         {"mark": "other"},
     ]

@@ -18,6 +18,7 @@ from experiments.finetune import Finetuning
 from rl_jax.data.preferences import padded_batches
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
+from rl_jax.microbatch import sum_over_microbatches
 from rl_jax.models.config import llama
 from rl_jax.models.huggingface import Policy, load_policy, save_policy
 from rl_jax.models.transformer import hidden_states, init_params, logits
@@ -63,7 +64,8 @@ def by_hand(params):
 def test_the_gradient_is_that_of_the_completions_alone(batch, microbatches, devices):
     params = oracles.random_params(1)
     loss, expected = by_hand(params)
-    gradient = functools.partial(finetune_gradient, config=CONFIG, microbatches=microbatches)
+    sum_parts = functools.partial(sum_over_microbatches, microbatches=microbatches)
+    gradient = functools.partial(finetune_gradient, config=CONFIG, sum_parts=sum_parts)
     grads, metrics = pmapped(gradient, make_mesh(jax.devices()[:devices]), (None, 0), None)(params, batch)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     assert set(metrics) == {"loss"}
@@ -117,13 +119,13 @@ def rows_of(run):
 
 
 def test_the_script_from_end_to_end_and_resumed(config, capsys, monkeypatch):
-    drawn, preference_batch = [], finetune.preference_batch
+    drawn, shuffled_batch = [], finetune.shuffled_batch
 
-    def recording(data, batch_size, seed, step, rows):
+    def recording(data, batch_size, seed, step, *more):
         drawn.append((len(data.prompts), batch_size, seed, step))
-        return preference_batch(data, batch_size, seed, step, rows)
+        return shuffled_batch(data, batch_size, seed, step, *more)
 
-    monkeypatch.setattr(finetune, "preference_batch", recording)
+    monkeypatch.setattr(finetune, "shuffled_batch", recording)
     config = dataclasses.replace(config, seed=3)
     finetune.main(config)
     assert drawn == [(34, 8, 3, step) for step in range(4)]

@@ -138,7 +138,7 @@ def test_rotary_scaling_is_found_in_the_frequencies_alone(tmp_path):
 
     share = (8192 / (2 * np.pi * 500_000**0.5) - 1) / 3  # the third pair of four turns 1.84 times
     path = write(tmp_path / "a.gguf", change=scale(1, 1, 1 / ((1 - share) / 8 + share), 8), theta=500_000.0)
-    assert read_gguf(path).settings["rope_parameters"] == {
+    assert read_gguf(path)[0]["rope_parameters"] == {
         "rope_type": "llama3",
         "rope_theta": 500_000.0,
         "factor": 8.0,
@@ -216,6 +216,6 @@ CUTS = {
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_text_is_cut_as_the_models_tokenizer_json_does(cut, tmp_path):
-    words = gguf_tokenizer(read_gguf(write(tmp_path / "model.gguf", pre=cut)).metadata)
+    words = gguf_tokenizer(read_gguf(write(tmp_path / "model.gguf", pre=cut))[2])
     found = [word for word, _ in words.backend_tokenizer.pre_tokenizer.pre_tokenize_str("Hello world  12'll\n")]
     assert found == CUTS[cut]

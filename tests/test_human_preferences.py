@@ -19,7 +19,7 @@ from experiments.recipes import human_preferences_data as recipe_data
 from experiments.recipes import ridge
 from experiments.reinforcing import Reinforcing
 from experiments.train_reward import Learning
-from rl_jax.data.ratings import SOURCES, Rated, Source
+from experiments.vader_ratings import SOURCES, Rated, Source
 from rl_jax.errors import InputError
 from rl_jax.evaluation import share_interval
 from rl_jax.models.huggingface import Policy

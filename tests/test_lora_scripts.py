@@ -145,7 +145,7 @@ def test_the_gradient_of_fine_tuning_is_that_of_merged_matrices():
 
     def gradient(adapters, base, batch):
         whole = Partial(lambda base, trained: with_adapters(base, trained, 0.5), base)
-        return finetune_gradient(adapters, batch, config, 2, make_sum_microbatches(mesh), whole)
+        return finetune_gradient(adapters, batch, config, make_sum_microbatches(mesh, 2), whole)
 
     grads, metrics = pmapped(gradient, mesh, (None, None, 0), None)(adapters, base, batch)
     merged = merge_adapters(base, adapters, 0.5)

@@ -55,7 +55,7 @@ def pretrained(sizes, config):
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (16, 13)).astype(np.int32)
 
     def gradient(params, tokens):
-        return pretrain_gradient(params, tokens, config, 2, make_sum_microbatches(mesh))
+        return pretrain_gradient(params, tokens, config, make_sum_microbatches(mesh, 2))
 
     mapped = pmapped(gradient, mesh, (AS_IT_IS, 0), (model_axes(params, mesh), None))
     return mapped(params, tokens)
@@ -136,7 +136,7 @@ def rewarded(sizes, members=2, microbatches=2):
         return bradley_terry_loss(rewards, batch.labels, batch.margins)
 
     def update(state, batch):
-        return ensemble_update(state, batch, config, loss, SGD, microbatches, make_sum_microbatches(mesh))
+        return ensemble_update(state, batch, config, loss, SGD, make_sum_microbatches(mesh, microbatches))
 
     mapped = pmapped(update, mesh, (AS_IT_IS, 1), (model_axes(state, mesh), None), donate=(0,))
     for number in range(2):

@@ -15,8 +15,7 @@ import pytest
 from experiments.recipes import overoptimization as recipe
 from experiments.recipes import overoptimization_curves as curves
 from experiments.recipes import overoptimization_models as models
-from experiments.recipes.overoptimization_curves import BEST_OF_N, RL, Curve, Line
-from experiments.recipes.overoptimization_figures import common_grid
+from experiments.recipes.overoptimization_curves import BEST_OF_N, RL, Curve, Line, common_grid
 from experiments.recipes.overoptimization_rl import EVALUATED, Tuning, tune
 from rl_jax.errors import InputError
 from rl_jax.rewards.learned import minimum_reward

@@ -19,16 +19,7 @@ from rl_jax.reinforce.objectives import (
     token_importance_loss,
 )
 from rl_jax.sampling import Sampling
-from rl_jax.scoring import (
-    Reference,
-    completion_states,
-    make_packed_score_fn,
-    make_score_fn,
-    packed_reference_scores,
-    reference_scores,
-    score_completions,
-    score_packed,
-)
+from rl_jax.scoring import Reference, completion_states, make_score_fn, reference_scores, score_completions
 from rl_jax.types import Rollout
 
 VOCAB, PROMPT_LENGTH, LENGTH = 21, 4, 6
@@ -220,13 +211,13 @@ def params_of(name, seed):
 def both_scores(params, ref_params, rollout, config, packing):
     """Padded and packed: those of the reference, and of the policy beside it."""
     padded_logprobs, states = reference_scores(ref_params, rollout, config, SAMPLING)
-    packed = packed_reference_scores(ref_params, rollout, config, SAMPLING, packing)
+    packed = reference_scores(ref_params, rollout, config, SAMPLING, packing)
     reference, enough = Reference(ref_params, states), Packing(12, packing.width)
     return (
         (padded_logprobs, jnp.where(rollout.completion_mask[..., None], states, 0.0)),
         packed,
         score_completions(params, rollout, config, SAMPLING, reference),
-        score_packed(params, rollout, config, SAMPLING, enough, reference),
+        score_completions(params, rollout, config, SAMPLING, reference, enough),
     )
 
 
@@ -299,7 +290,7 @@ def test_gradient_is_that_of_padded_sequences(name, packing, loss, normalize):
                 **options,
             )
 
-        packed = make_packed_score_fn(ref_params, config, SAMPLING, packing)
+        packed = make_score_fn(ref_params, config, SAMPLING, packing)
         in_parts = functools.partial(sum_over_rows, packing=packing)
         return gradient(packed, sum_parts=in_parts), gradient(make_score_fn(ref_params, config, SAMPLING))
 

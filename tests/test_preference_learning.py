@@ -1,6 +1,7 @@
 """Learning a reward: its gradient, the ensemble's update, and a known reward recovered from noisy preferences."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
+from rl_jax.microbatch import sum_over_microbatches
 from rl_jax.models.config import llama
 from rl_jax.models.reward_model import candidate_rewards, candidates_rollout, ensemble_rewards, init_reward_params
 from rl_jax.models.transformer import init_params
@@ -57,7 +59,8 @@ def test_the_gradient_is_of_the_mean_over_prompts_however_they_are_cut():
 
         @jax.jit
         def gradient(params, microbatches=microbatches):
-            return reward_gradient(params, batch, CONFIG, pair_loss, microbatches)
+            sum_parts = functools.partial(sum_over_microbatches, microbatches=microbatches)
+            return reward_gradient(params, batch, CONFIG, pair_loss, sum_parts)
 
         grads, metrics = gradient(params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), grads, expected)

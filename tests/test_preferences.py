@@ -6,17 +6,16 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
+from rl_jax.data.batches import shuffled_batch
 from rl_jax.data.conversations import make_render, plain_turns
 from rl_jax.data.preferences import (
     Judged,
     encode_preferences,
     padded_batches,
-    preference_batch,
     read_demonstrations,
     read_preferences,
     write_preferences,
 )
-from rl_jax.data.prompts import prompt_batch
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
 
@@ -304,10 +303,6 @@ def test_encoding_pads_and_cuts_nothing(tokenizer):
     assert batch.labels.tolist() == [[1, 0], [0.25, 0.75]]
     assert batch.margins.tolist() == [0.5, 0]
     assert [x.dtype for x in jax.tree.leaves(batch)] == [np.int32, bool, np.int32, bool, np.float32, np.float32]
-    unended, left_out = encode_preferences(tokenizer, ROWS, context=6, end=False)
-    assert left_out == []
-    assert unended.completion_mask.sum(axis=2).tolist() == [[5, 1], [1, 3], [1, 1]]
-    assert unended.completions[1].tolist() == [[257, 0, 0, 0, 0], [258, 259, x, 0, 0]]
 
 
 def test_candidates_that_a_prompt_lacks_have_no_true_entry(tokenizer):
@@ -322,7 +317,6 @@ def test_what_cannot_be_encoded(tokenizer):
         encode_preferences(tokenizer, ROWS, context=2)
     with pytest.raises(InputError, match="no rows"):
         encode_preferences(tokenizer, [], context=2)
-    assert encode_preferences(tokenizer, [*ROWS, Judged("x", ("", "y"), (1.0, 0.0))], 9, end=False)[1] == [3]
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="no end-of-sequence token"):
         encode_preferences(tokenizer, ROWS, context=9)
@@ -332,15 +326,15 @@ def test_batches_of_rows_are_those_of_prompts(tokenizer):
     rows = [Judged("x", (str(n), "ab"), (n / 10, 1 - n / 10), float(n)) for n in range(10)]
     data, _ = encode_preferences(tokenizer, rows, context=9)
     for step in (0, 3, 10**9):
-        batch = preference_batch(data, 4, seed=1, step=step)
-        numbers, _ = prompt_batch(np.arange(10)[:, None], np.ones((10, 1), bool), 4, seed=1, step=step)
-        assert batch.margins.tolist() == numbers[:, 0].tolist()
-        own = preference_batch(data, 4, seed=1, step=step, rows=np.array([0, 3]))
+        batch = shuffled_batch(data, 4, 1, step, "judged rows")
+        numbers = shuffled_batch(np.arange(10), 4, 1, step, "numbers")
+        assert batch.margins.tolist() == numbers.tolist()
+        own = shuffled_batch(data, 4, 1, step, "judged rows", rows=np.array([0, 3]))
         assert own.margins.tolist() == batch.margins[[0, 3]].tolist()
         for part, whole in zip(jax.tree.leaves(batch), jax.tree.leaves(data), strict=True):
-            np.testing.assert_array_equal(part, whole[numbers[:, 0]])
+            np.testing.assert_array_equal(part, whole[numbers])
     with pytest.raises(InputError, match="there are 10 judged rows and a batch needs 11"):
-        preference_batch(data, 11, seed=0, step=0)
+        shuffled_batch(data, 11, 0, 0, "judged rows")
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 7])

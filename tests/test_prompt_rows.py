@@ -138,7 +138,7 @@ def test_rows_that_are_no_prompts_are_named(tokenizer, write):
     reasons = ["empty", "no messages", "neither", "no message for the assistant", "no message for the assistant"]
     for number, (line, reason) in enumerate(zip(broken, reasons, strict=True), start=2):
         assert f"line {number} " in line and reason in line
-    with pytest.raises(InputError, match=r"no prompt in .* 1 rows that cannot be used: .*line 1 has an empty"):
+    with pytest.raises(InputError, match=r"no row that can be used; the first of 1: .*line 1 has an empty"):
         read_prompt_rows(write({"prompt": ""}), make_render(tokenizer))
 
 

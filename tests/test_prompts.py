@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from rl_jax.data.prompts import decode_completions, encode_prompts, passage_openings, prompt_batch
+from rl_jax.data.batches import shuffled_batch
+from rl_jax.data.prompts import decode_completions, encode_prompts, passage_openings
 from rl_jax.data.tokenizer import leading_tokens, train_tokenizer
 from rl_jax.errors import InputError
 
@@ -65,7 +66,7 @@ def test_prompts_that_are_empty_or_too_long(tokenizer):
 def test_every_epoch_is_a_permutation_of_the_prompts(batch_size):
     total = 10
     prompts, mask = np.arange(total, dtype=np.int32)[:, None], np.arange(total)[:, None] % 2 == 0
-    batches = [prompt_batch(prompts, mask, batch_size, seed=0, step=step) for step in range(3 * total)]
+    batches = [shuffled_batch((prompts, mask), batch_size, 0, step, "prompts") for step in range(3 * total)]
     stream = np.concatenate([batch[:, 0] for batch, _ in batches])
     epochs = stream[: len(stream) // total * total].reshape(-1, total)
     assert (np.sort(epochs, axis=1) == np.arange(total)).all()
@@ -75,18 +76,18 @@ def test_every_epoch_is_a_permutation_of_the_prompts(batch_size):
         np.testing.assert_array_equal(batch_mask, batch % 2 == 0)  # a mask stays with its prompt
 
 
-def test_a_prompt_batch_is_a_function_of_seed_and_step():
-    prompts, mask = np.arange(100)[:, None], np.ones((100, 1), bool)
-    batch, _ = prompt_batch(prompts, mask, 8, seed=1, step=10**9)
-    np.testing.assert_array_equal(batch, prompt_batch(prompts, mask, 8, seed=1, step=10**9)[0])
-    assert (batch != prompt_batch(prompts, mask, 8, seed=2, step=10**9)[0]).any()
+def test_a_batch_of_prompts_is_a_function_of_seed_and_step():
+    prompts = np.arange(100)[:, None]
+    batch = shuffled_batch(prompts, 8, 1, 10**9, "prompts")
+    np.testing.assert_array_equal(batch, shuffled_batch(prompts, 8, 1, 10**9, "prompts"))
+    assert (batch != shuffled_batch(prompts, 8, 2, 10**9, "prompts")).any()
     own = np.array([1, 6])
-    np.testing.assert_array_equal(prompt_batch(prompts, mask, 8, seed=1, step=10**9, rows=own)[0], batch[own])
+    np.testing.assert_array_equal(shuffled_batch(prompts, 8, 1, 10**9, "prompts", rows=own), batch[own])
 
 
 def test_a_batch_needs_as_many_prompts():
     with pytest.raises(InputError, match="there are 2 prompts and a batch needs 3"):
-        prompt_batch(np.zeros((2, 1), np.int32), np.ones((2, 1), bool), 3, 0, 0)
+        shuffled_batch(np.zeros((2, 1), np.int32), 3, 0, 0, "prompts")
 
 
 def test_decoding_follows_the_mask_and_leaves_out_the_end(tokenizer):

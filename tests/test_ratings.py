@@ -9,11 +9,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from experiments import human_ratings
-from rl_jax.data import ratings
-from rl_jax.data.corpus import read_passages
-from rl_jax.data.preferences import Judged, read_preferences
-from rl_jax.data.ratings import (
+from experiments import human_ratings, vader_ratings
+from experiments.vader_ratings import (
     Rated,
     Source,
     draw_pairs,
@@ -24,6 +21,8 @@ from rl_jax.data.ratings import (
     read_rated,
     split_rated,
 )
+from rl_jax.data.corpus import read_passages
+from rl_jax.data.preferences import Judged, read_preferences
 from rl_jax.errors import InputError
 
 
@@ -111,11 +110,11 @@ def test_what_is_not_the_distribution_is_refused(tmp_path):
 
 def test_nothing_is_read_that_is_too_large(tmp_path, monkeypatch):
     path, source = make_sdist(tmp_path)
-    monkeypatch.setattr(ratings, "MOST_BYTES", path.stat().st_size - 1)
+    monkeypatch.setattr(vader_ratings, "MOST_BYTES", path.stat().st_size - 1)
     with pytest.raises(InputError, match="too large to be the source distribution"):
         read_rated(path, source)
     path.write_bytes(tar({"a/hutto_ICWSM_2014.tar.gz": b"0" * 10_000}))
-    monkeypatch.setattr(ratings, "MOST_BYTES", 9_999)
+    monkeypatch.setattr(vader_ratings, "MOST_BYTES", 9_999)
     with pytest.raises(InputError, match="has no hutto"):
         read_rated(path, source)
 
@@ -132,7 +131,7 @@ def test_pip_checks_what_it_downloads(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", run)
     assert fetch_sdist(tmp_path) == tmp_path / "vaderSentiment-3.3.2.tar.gz"
     assert {"download", "--no-deps", "--no-binary", str(tmp_path / "wanted.txt")} <= set(wanted["command"])
-    assert wanted["line"] == f"vaderSentiment==3.3.2 --hash=sha256:{ratings.SDIST_SHA256}\n"
+    assert wanted["line"] == f"vaderSentiment==3.3.2 --hash=sha256:{vader_ratings.SDIST_SHA256}\n"
 
 
 @pytest.mark.parametrize(
@@ -273,10 +272,10 @@ def test_mistakes_are_told_before_any_work(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(ratings.SOURCES))
+@pytest.mark.parametrize("name", sorted(vader_ratings.SOURCES))
 def test_the_collections_are_what_they_were(tmp_path, name, sdist):
-    rated = read_rated(sdist, ratings.SOURCES[name])
-    assert len(rated) == ratings.SOURCES[name].rows
+    rated = read_rated(sdist, vader_ratings.SOURCES[name])
+    assert len(rated) == vader_ratings.SOURCES[name].rows
     assert min(len(each.ratings) for each in rated) == (15 if name == "movies" else 20)
     human_ratings.main(human_ratings.Config(tmp_path / "data", source=name, sdist=sdist))
     assert len(read_preferences(tmp_path / "data/pairs-train.jsonl").rows) == 20_000

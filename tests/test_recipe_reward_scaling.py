@@ -44,12 +44,6 @@ def test_table_has_a_row_for_each_width_and_what_size_brings_below():
     assert rows[0]["250 pairs"].high - 50 == pytest.approx(3.182 * np.std([-1, 0, 0, 1], ddof=1) / 2, abs=1e-3)
 
 
-def test_band_is_the_low_end_the_mean_and_the_high_end():
-    found = recipe.band(ACCURACY[0])
-    assert found.shape == (3, 3) and found[1] == pytest.approx([50, 53, 56])
-    assert (found[0] < found[1]).all() and found[1] - found[0] == pytest.approx(found[2] - found[1])
-
-
 @pytest.fixture
 def measured(monkeypatch):
     """Accuracies of proxies that are said to be trained, and what for."""

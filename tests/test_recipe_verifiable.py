@@ -14,7 +14,7 @@ from experiments.complete import Sampled
 from experiments.options import EstimatorOptions
 from experiments.pretrain import Pretraining, model_config
 from experiments.recipes import verifiable as recipe
-from experiments.recipes import verifiable_table as table
+from experiments.recipes import verifiable_results as table
 from experiments.recipes import verifiable_tasks as tasks
 from experiments.reinforcing import Prompts, Reinforcing
 from rl_jax.data.corpus import encode_passages

@@ -195,6 +195,8 @@ def test_headline_claims_no_more_than_the_intervals(after, interval, expected):
     names = ("reward", "reward_before", "reward_before_interval")
     summary = {name: SUMMARY[name] for name in names} | {"reward_after": after, "reward_after_interval": interval}
     assert report_sections.headline(summary, {}) == expected
+    beside = report_sections.headline(summary | {"win_rate": 0.5}, {})
+    assert beside == f"{expected[:-1]}; its completions win 50.0% of pairs with the pretrained."
 
 
 def test_page_runs_and_fetches_nothing(page):

@@ -8,8 +8,8 @@ import numpy as np
 import oracles
 import pytest
 
-from experiments.recipes import tasks
-from experiments.recipes.tasks import Graph, bandit_task, walk_rewards
+from experiments.recipes import compare_estimators_tasks as tasks
+from experiments.recipes.compare_estimators_tasks import Graph, bandit_task, walk_rewards
 from rl_jax.errors import InputError
 from rl_jax.models.config import llama
 from rl_jax.models.transformer import init_params

@@ -15,8 +15,9 @@ from experiments.recipes.writing import Task, Turn, Written
 from experiments.reinforcing import Reinforcing
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.errors import InputError
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.huggingface import Policy
-from rl_jax.models.transformer import TransformerConfig, hidden_states, init_params, logits
+from rl_jax.models.transformer import hidden_states, init_params, logits
 from rl_jax.rewards.text import score_text
 from rl_jax.types import Rollout
 

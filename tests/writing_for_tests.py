@@ -9,9 +9,10 @@ from experiments.compare import Comparing
 from experiments.options import EstimatorOptions
 from experiments.reinforcing import Reinforcing
 from rl_jax.data.tokenizer import train_tokenizer
+from rl_jax.models.config import TransformerConfig
 from rl_jax.models.huggingface import Policy
 from rl_jax.models.lora import LoRA
-from rl_jax.models.transformer import TransformerConfig, init_params
+from rl_jax.models.transformer import init_params
 
 WORDS = ["cat", "dog", "sea", "tree", "king", "house", "river", "stone"]
 SMALL = Reinforcing(

@@ -48,12 +48,12 @@ from rl_jax.learner import init_state, policy_gradient_update
 from rl_jax.reinforce.distributions import entropy, exact_kl, token_logprobs
 from rl_jax.reinforce.estimators import make_estimator
 from rl_jax.reinforce.gradient import Scores
-from rl_jax.run.figures import PALETTE, draw_band, draw_limit, open_figure
+from rl_jax.run.figures import PALETTE, band_of, draw_band, draw_limit, open_figure
 from rl_jax.run.loop import run_main
 from rl_jax.run.spmd import make_mesh
 from rl_jax.run.tables import open_results, write_table
 from rl_jax.sampling import draw as draw_tokens
-from rl_jax.sweep import make_sweep, product_grid, scan_updates
+from rl_jax.sweep import make_sweep, product_grid
 from rl_jax.types import Array, Metrics, Rollout, TrainState
 
 POSITIVE, WORTH = 0, 0.25  # the token that is rewarded, and by how much
@@ -190,7 +190,7 @@ def make_run(config: Config, target: float | None) -> Callable[[dict[str, Array]
             )
             return updated, measure(state.params, ref_table) | {"coefficient": metrics["kl_coefficient"]}
 
-        return scan_updates(update, init_state(ref_table, optimizer, setting["start"]), config.updates)[1]
+        return jax.lax.scan(update, init_state(ref_table, optimizer, setting["start"]), jnp.arange(config.updates))[1]
 
     return run
 
@@ -220,12 +220,12 @@ def row(config: Config, target: float | None, start: float, runs: Metrics, best:
     line: dict[str, Any] = {
         "coefficient": "fixed" if target is None else f"steered to {target:g} nats",
         "start": start,
-        "KL at the end, nats": mean_interval(kl[:, None]),
+        "KL at the end, nats": mean_interval(kl),
         "over updates, sd": float(late["kl"].std(axis=1).mean()),
-        "coefficient at the end": mean_interval(coefficient[:, None]),
-        "KL of the best policy there": mean_interval(np.array(of_best)[:, None]),
+        "coefficient at the end": mean_interval(coefficient),
+        "KL of the best policy there": mean_interval(np.array(of_best)),
         "reward": mean_interval(late["reward"]),
-        "highest KL on the way": mean_interval(np.max(runs["kl"], axis=1, keepdims=True)),
+        "highest KL on the way": mean_interval(np.max(runs["kl"], axis=1)),
     }
     if target is None:
         return line
@@ -274,15 +274,13 @@ def draw(path: Path, config: Config, arms: dict[float | None, Metrics]) -> None:
     with open_figure(path, list(panels), 4.2, 3.6) as every:
         for axes, runs in zip(every, panels.values(), strict=True):
             for start, values, colour in zip(config.starts, runs, PALETTE, strict=False):
-                estimates = [mean_interval(column[:, None]) for column in values.T]
-                band = np.array([(low, value, high) for value, low, high in estimates]).T
-                draw_band(axes, thousands, band, f"from {start:g}", colour)
+                draw_band(axes, thousands, band_of(map(mean_interval, values.T)), f"from {start:g}", colour)
             axes.set(xlabel="completions, thousands")
         for axes in every[:2]:
             axes.set(ylabel="KL, nats a completion", ylim=(0, None))
             draw_limit(axes, target, "target")
         every[2].set(ylabel="reward units a nat", yscale="log")
-        every[0].legend(frameon=False, fontsize=8)
+        every[0].legend()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.recipes.best_of_n_figures import draw_best_of_n
 from rl_jax.best_of_n import best_of_n_kl_bound, best_of_n_weights
 from rl_jax.errors import InputError
 from rl_jax.evaluation import Estimate, mean_interval
@@ -40,6 +39,7 @@ from rl_jax.keys import Purpose, check_seed, step_key
 from rl_jax.models.tabular import init_table, tabular_logits
 from rl_jax.reinforce import exact
 from rl_jax.reinforce.distributions import token_logprobs
+from rl_jax.run.figures import GUIDE, PALETTE, open_figure
 from rl_jax.run.loop import run_main
 from rl_jax.run.tables import open_results, write_table
 
@@ -204,8 +204,28 @@ def main(config: Config) -> None:
                     "sampled, blocks of n": blocks,
                 }
             )
-    draw_best_of_n(folder / "best_of_n.png", rows)
+    draw(folder / "best_of_n.png", rows)
     write_table(folder, rows, dataclasses.asdict(config) | {"seconds": time.perf_counter() - start})
+
+
+def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Three panels over n, a line for each task, best of 1 left out; the bounds are dashed."""
+    titles = ["KL from the policy, nats", "KL as a share of its bound", "Win rate against the policy"]
+    columns = (("KL, nats", "log n - (n-1)/n"), ("KL / bound", None), ("win rate", "n / (n+1)"))
+    with open_figure(path, titles, 4.4, 3.8) as every:
+        numbers = sorted({row["n"] for row in rows})
+        for axes, (column, bound) in zip(every, columns, strict=True):
+            for task, colour in zip(dict.fromkeys(row["task"] for row in rows), PALETTE, strict=False):
+                lines = sorted((row for row in rows if row["task"] == task and row["n"] > 1), key=lambda row: row["n"])
+                x, y = [row["n"] for row in lines], [row[column] for row in lines]
+                axes.plot(x, y, color=colour, linewidth=1.4, marker="o", markersize=3, label=task)
+            if bound is not None:
+                heights = [next(row[bound] for row in rows if row["n"] == n) for n in numbers]
+                axes.plot(numbers, heights, **(GUIDE | {"linewidth": 1.2}), label=bound)
+            axes.set(xscale="log", xlabel="n", xticks=numbers, xticklabels=numbers)
+            axes.minorticks_off()
+        every[0].legend(fontsize=7)
+        every[2].legend(*(part[-1:] for part in every[2].get_legend_handles_labels()), fontsize=7)
 
 
 if __name__ == "__main__":

@@ -38,24 +38,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.recipes.tasks import Task, bandit_task, random_graph, walks_task
+from experiments.recipes.compare_estimators_tasks import Task, bandit_task, random_graph, walks_task
 from rl_jax.errors import InputError
-from rl_jax.evaluation import Estimate, mean_interval
+from rl_jax.evaluation import mean_interval
 from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import init_state, policy_gradient_update
 from rl_jax.models.config import llama
 from rl_jax.reinforce.composition import Estimator
 from rl_jax.reinforce.estimators import make_estimator
-from rl_jax.run.figures import PALETTE, draw_band, open_figure
+from rl_jax.run.figures import PALETTE, band_of, draw_band, draw_interval, open_figure
 from rl_jax.run.folder import write_json
 from rl_jax.run.loop import run_main
 from rl_jax.run.progress import show_progress
 from rl_jax.run.spmd import make_mesh
 from rl_jax.run.tables import open_results, write_table
-from rl_jax.sweep import make_sweep, product_grid, scan_updates
+from rl_jax.sweep import make_sweep, product_grid
 from rl_jax.types import Array, Metrics, PyTree, TrainState
 
 PUBLISHED = {  # Ahmadian 2024, table 1: win rates in per cent on TL;DR, from secondary notes
@@ -192,7 +193,7 @@ def make_run(config: Config, task: Task, contender: Contender) -> Callable[..., 
             return state, {name: metrics[name] for name in ("reward", "kl_k1")}
 
         state = init_state(problem.ref_params, optimizer, config.kl_coefficient)
-        state, metrics = scan_updates(update, state, config.completions // config.batch)
+        state, metrics = jax.lax.scan(update, state, jnp.arange(config.completions // config.batch))
         return state.params, metrics
 
     return run
@@ -270,15 +271,8 @@ def judge(
 ) -> Result:
     """The runs at the rate with the highest mean way at the end over the selection seeds, which are the last ones.
 
-    Args:
-        config: of the comparison.
-        contender: whose runs they are.
-        field: the runs.
-        ends: reward and kl of the policies at the end. [R].
-        metrics: reward and kl_k1 of every update. [R, U].
-
-    Returns:
-        The result over the first `seeds` seeds, which the choice has not seen.
+    From reward and kl of the policies at the end [R], and reward and kl_k1 of every update [R, U], the result over the
+    first `seeds` seeds, which the choice has not seen.
     """
     rates, judged = len(field.rates), slice(config.seeds)
     sampled = metrics["reward"] - config.kl_coefficient * metrics["kl_k1"]
@@ -299,11 +293,6 @@ def judge(
     )
 
 
-def seeds_interval(values: np.ndarray) -> Estimate:
-    """Mean and 95 % interval over seeds. [seeds] -> Estimate."""
-    return mean_interval(values[:, None])
-
-
 def table_rows(name: str, results: list[Result]) -> list[dict[str, Any]]:
     """The table of a task, the best first; intervals are 95 % over seeds, of differences between the same seeds."""
     rivals = [result.way for result in results if result.contender.label == RIVAL]
@@ -313,11 +302,11 @@ def table_rows(name: str, results: list[Result]) -> list[dict[str, Any]]:
             "task": name,
             "estimator": result.contender.label,
             "learning rate": result.rate,
-            "reward": seeds_interval(result.reward),
-            "KL, nats": seeds_interval(result.kl),
-            "way to the optimum, %": seeds_interval(result.way),
+            "reward": mean_interval(result.reward),
+            "KL, nats": mean_interval(result.kl),
+            "way to the optimum, %": mean_interval(result.way),
         }
-        row |= {f"less {RIVAL}": seeds_interval(result.way - way) for way in rivals if way is not result.way}
+        row |= {f"less {RIVAL}": mean_interval(result.way - way) for way in rivals if way is not result.way}
         rows.append(row | {"published win rate, %": PUBLISHED.get(result.contender.label)})
     return rows
 
@@ -364,12 +353,12 @@ def draw(path: Path, config: Config, results: list[Result], rates: tuple[float, 
         completions = config.completions * (np.arange(config.points) + 0.5) / config.points
         ranked = sorted(results, key=lambda result: result.way.mean())
         for place, result in enumerate(ranked):
-            _, _, _, colour, dashed = result.contender
-            draw_band(learning, completions, intervals(result.curve), result.contender.label, colour, dashed)
-            draw_band(sensitivity, np.array(rates), intervals(result.by_rate.T), result.contender.label, colour, dashed)
-            value, low, high = seeds_interval(result.way)
-            ranking.plot([low, high], [place, place], color=colour, linewidth=1.6)
-            ranking.plot(value, place, "o", color=colour, markersize=6, markerfacecolor="white" if dashed else colour)
+            label, _, _, colour, dashed = result.contender
+            course, by_rate = (band_of(map(mean_interval, ways)) for ways in (result.curve.T, result.by_rate))
+            draw_band(learning, completions, course, label, colour, dashed)
+            draw_band(sensitivity, np.array(rates), by_rate, label, colour, dashed)
+            face = "white" if dashed else colour
+            draw_interval(ranking, mean_interval(result.way), place, colour, markersize=6, markerfacecolor=face)
         ranking.set_yticks(range(len(ranked)), [result.contender.label for result in ranked])
         for label, result in zip(ranking.get_yticklabels(), ranked, strict=True):
             label.set(color=result.contender.colour, fontweight="bold")
@@ -379,11 +368,6 @@ def draw(path: Path, config: Config, results: list[Result], rates: tuple[float, 
         sensitivity.set(xlabel="learning rate", xscale="log", ylim=(0, 100))
         sensitivity.set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
         sensitivity.set_xticks([], minor=True)
-
-
-def intervals(values: np.ndarray) -> np.ndarray:
-    """Lower end, mean and upper end over seeds. [seeds, n] -> [3, n]."""
-    return np.array([(low, value, high) for value, low, high in map(seeds_interval, values.T)]).T
 
 
 if __name__ == "__main__":

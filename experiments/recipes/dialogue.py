@@ -50,7 +50,6 @@ the person's (49.5 ± 9.5 %).
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -61,16 +60,7 @@ from experiments.compare import Comparing
 from experiments.options import EstimatorOptions
 from experiments.recipes.embeddings import EmbedFn, cosines, load_encoder, make_embed
 from experiments.recipes.writing import PartsFn, Task, Turn, Writing, improve, load, make_prompts
-from experiments.recipes.writing_parts import (
-    asks,
-    copied_share,
-    is_finished,
-    repeated_share,
-    specificity,
-    within,
-    word_rarity,
-    words_of,
-)
+from experiments.recipes.writing_parts import asks, form, specificity, word_rarity, words_of
 from experiments.reinforcing import Reinforcing
 from rl_jax.data.conversations import make_render
 from rl_jax.data.corpus import read_passages
@@ -137,26 +127,15 @@ def message_and_reply(turns: Sequence[str]) -> Turn | None:
 
 
 def make_parts(embed: EmbedFn, rarity: Mapping[str, float]) -> PartsFn:
-    """What `Weights` speaks of, by its names.
-
-    Args:
-        embed: of texts.
-        rarity: of words.
-    """
+    """What `Weights` speaks of, by its names."""
 
     def parts(turns: Sequence[Turn], replies: Sequence[str]) -> dict[str, np.ndarray]:
-        asked, said = [words_of(turn.prompt) for turn in turns], [words_of(reply) for reply in replies]
-        whole = [
-            within(len(words), *WORDS, MARGIN) * is_finished(text) for words, text in zip(said, replies, strict=True)
-        ]
+        messages = [turn.prompt for turn in turns]
         return {
-            "relevance": cosines(embed, [turn.prompt for turn in turns], replies),
-            "specificity": np.array([specificity(words, rarity) for words in said]),
+            "relevance": cosines(embed, messages, replies),
+            "specificity": np.array([specificity(words_of(reply), rarity) for reply in replies]),
             "question": np.array([float(asks(reply)) for reply in replies]),
-            "variety": np.array([1 - repeated_share(words) for words in said]),
-            "originality": np.array([1 - copied_share(*pair) for pair in zip(said, asked, strict=True)]),
-            "length": np.array(whole),
-        }
+        } | form(messages, replies, *WORDS, MARGIN)
 
     return parts
 
@@ -189,9 +168,7 @@ def make_task(config: Config, policy: Policy) -> Task:
 
 
 def main(config: Config) -> None:
-    weights = dataclasses.asdict(config.weights)
-    make, begin = partial(make_task, config), partial(load, config.writing)
-    improve("experiments/recipes/dialogue.py", config, config.writing, weights, make, begin)
+    improve("experiments/recipes/dialogue.py", config, make_task, lambda config: load(config.writing))
 
 
 if __name__ == "__main__":

@@ -57,11 +57,11 @@ from rl_jax.reinforce import exact
 from rl_jax.reinforce.distributions import entropy, exact_kl, token_logprobs
 from rl_jax.reinforce.estimators import make_estimator
 from rl_jax.reinforce.gradient import Scores
-from rl_jax.run.figures import PALETTE, draw_band, open_figure
+from rl_jax.run.figures import PALETTE, band_of, draw_band, open_figure
 from rl_jax.run.loop import run_main
 from rl_jax.run.spmd import make_mesh
 from rl_jax.run.tables import open_results, write_table
-from rl_jax.sweep import make_sweep, product_grid, scan_updates
+from rl_jax.sweep import make_sweep, product_grid
 from rl_jax.types import Array, Metrics, Rollout, TrainState
 
 EOS, POSITIVE, NEGATIVE = 0, 1, 2
@@ -160,7 +160,7 @@ def make_run(config: Config) -> Callable[[dict[str, Array]], Metrics]:
             return updated, placed(tokens)
 
         state = init_state(ref_table, optimizer, setting["kl_coefficient"])
-        state, path = scan_updates(update, state, config.updates)
+        state, path = jax.lax.scan(update, state, jnp.arange(config.updates))
         end = placed(completion_logprobs(state.params, completions))
         return {name: jnp.append(path[name], end[name]) for name in path}
 
@@ -228,13 +228,9 @@ class Places(NamedTuple):
 
 
 def compare(kl: np.ndarray, reward: np.ndarray, objective: np.ndarray, start: np.ndarray) -> Places:
-    """Policies beside the frontier of their seeds.
+    """Policies [..., seeds] beside the frontier of their seeds.
 
-    Args:
-        kl: [..., seeds].
-        reward: [..., seeds].
-        objective: see `frontier_reward`. [seeds, M].
-        start: the reward of each seed's reference. [seeds].
+    `objective` is as in `frontier_reward`, [seeds, M], and `start` the reward of each seed's reference, [seeds].
     """
     most = frontier_reward(objective, kl)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -245,7 +241,7 @@ def row(
     policy: str, places: Places, coefficient: float | None = None, optimum: np.ndarray | None = None
 ) -> dict[str, Any]:
     """A line of the table, of one policy a seed; intervals are 95 % over seeds."""
-    kl, reward, most, gap = (mean_interval(values[:, None]) for values in places)
+    kl, reward, most, gap = map(mean_interval, places)
     return {
         "policy": policy,
         "beta": coefficient,
@@ -319,12 +315,10 @@ def draw(path: Path, config: Config, limits: dict[str, np.ndarray], trained: Pla
             kl, reward = places.kl.mean(axis=1), places.reward.mean(axis=1)
             line = "" if marker else "-"
             rewards.plot(kl, reward, color=colour, linestyle=line, marker=marker, markersize=5, label=label)
-            estimates = [mean_interval(100 * gap[:, None]) for gap in places.gap]
-            band = np.array([(low, value, high) for value, low, high in estimates]).T
-            draw_band(gaps, kl, band, label, colour)
+            draw_band(gaps, kl, band_of(map(mean_interval, 100 * places.gap)), label, colour)
         rewards.set(xlabel="KL, nats a completion", ylabel="positive less negative tokens, share", xlim=(0, None))
         gaps.set(xlabel="KL, nats a completion", ylabel="% of the frontier's gain", xlim=(0, None), ylim=(0, None))
-        rewards.legend(frameon=False, fontsize=8, loc="lower right")
+        rewards.legend(loc="lower right")
 
 
 if __name__ == "__main__":

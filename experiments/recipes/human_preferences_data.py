@@ -13,9 +13,7 @@ from experiments.human_ratings import HELD_OUT
 from experiments.judgements import Judgements, gaps_of, votes_of
 from experiments.pretrain import Text
 from experiments.reinforcing import Prompts, Reinforcing, split_prompts
-from rl_jax.data.corpus import encode_passages
-from rl_jax.data.preferences import Judged, encode_preferences
-from rl_jax.data.ratings import (
+from experiments.vader_ratings import (
     SOURCES,
     Rated,
     draw_pairs,
@@ -27,6 +25,8 @@ from rl_jax.data.ratings import (
     read_rated,
     split_rated,
 )
+from rl_jax.data.corpus import encode_passages
+from rl_jax.data.preferences import Judged, encode_preferences
 from rl_jax.data.tokenizer import train_tokenizer
 from rl_jax.types import PreferenceBatch
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rl_jax.evaluation import Estimate
-from rl_jax.run.figures import GREY, PALETTE, draw_band, open_figure
+from rl_jax.run.figures import GREY, GUIDE, PALETTE, band_of, draw_band, draw_interval, open_figure
 
 LEVEL = 0.5  # what a coin reaches
 
@@ -20,11 +20,8 @@ def draw_reward_model(
 ) -> None:
     """How often rewards order snippets as people do, by the gap between these, and calibration.
 
-    Args:
-        path: of the PNG file.
-        rows: of the table of rewards.
-        gaps: middles of ranges of the gap, and the share of their pairs, by reward.
-        found: rows of `reliability` of the reward models of single votes, by seed.
+    Gaps are, by reward, the middles of ranges of the gap and the share of their pairs; found are the rows of
+    `reliability` of the reward models of single votes, by seed.
     """
     column = next(name for name in rows[0] if name.startswith("pairs over"))
     shares = {f"{row['reward']} ({row['seed']})".removesuffix(" ()"): row[column] for row in rows}
@@ -39,10 +36,9 @@ def draw_reward_model(
         places = np.arange(len(shares))[::-1]
         for place, (name, estimate) in zip(places, shares.items(), strict=True):
             colour = PALETTE[0] if "Transformer" in name else GREY
-            bars.plot([100 * estimate.low, 100 * estimate.high], [place, place], color=colour, linewidth=1.4)
-            bars.plot(100 * estimate.value, place, "o", color=colour, markersize=4)
+            draw_interval(bars, [100 * end for end in estimate], place, colour)
         for name, value in human.items():
-            bars.axvline(100 * value, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
+            bars.axvline(100 * value, **GUIDE)
             bars.annotate(
                 name, (100 * value, places[0] + 0.4), (-3, 0), textcoords="offset points", ha="right", fontsize=7
             )
@@ -53,28 +49,22 @@ def draw_reward_model(
             ylim=(-0.6, places[0] + 0.8),
         )
         for (name, points), colour in zip(gaps.items(), PALETTE, strict=False):
-            x, band = [gap for gap, _ in points], 100 * np.array([(e.low, e.value, e.high) for _, e in points]).T
-            draw_band(lines, np.array(x), band, name, colour)
-        lines.axhline(100 * LEVEL, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
+            x, estimates = zip(*points, strict=True)
+            draw_band(lines, np.array(x), 100 * band_of(estimates), name, colour)
+        lines.axhline(100 * LEVEL, **GUIDE)
         lines.set(xlabel="gap of the mean ratings", ylabel="% in order")
-        lines.legend(frameon=False, fontsize=7, loc="lower right")
+        lines.legend(fontsize=7, loc="lower right")
         for seed, (points, colour) in enumerate(zip(found, PALETTE, strict=False)):
             x, y = ([point[key] for point in points] for key in ("confidence", "observed"))
             odds.plot(x, y, "o-", color=colour, linewidth=1.2, markersize=3, label=f"seed {seed}")
-        odds.plot([LEVEL, 1], [LEVEL, 1], color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
+        odds.plot([LEVEL, 1], [LEVEL, 1], **GUIDE)
         odds.set(xlabel="probability that the rewards give", ylabel="share of the raters who agree")
         if found:
-            odds.legend(frameon=False, fontsize=7)
+            odds.legend(fontsize=7)
 
 
 def draw_policy(path: Path, metrics: Sequence[Sequence[Mapping[str, Any]]], rows: Sequence[Mapping[str, Any]]) -> None:
-    """The rewards as RL goes on, a line for each seed, and the win rates of what came of it.
-
-    Args:
-        path: of the PNG file.
-        metrics: of RL, by seed: rows with reward_gain and gold_gain.
-        rows: of the table of policies.
-    """
+    """The rewards as RL goes on, by the metrics of each seed, and the win rates of what came of it, from the table."""
     names = [name for name in rows[0] if name.startswith("wins by ")]
     wins = {name.removeprefix("wins by "): [row[name] for row in rows[: len(metrics)]] for name in names}
     titles = ["Rewards of the prompts to learn from", "Wins of the tuned policy over the pretrained"]
@@ -84,13 +74,12 @@ def draw_policy(path: Path, metrics: Sequence[Sequence[Mapping[str, Any]]], rows
                 gain = smooth([step[name] for step in steps])
                 curves.plot(gain, color=colour, linewidth=1.2, label=label if seed == 0 else None)
         curves.set(xlabel="updates", ylabel="gain, in standard deviations of its own")
-        curves.legend(frameon=False, fontsize=8)
+        curves.legend()
         for place, estimates in enumerate(reversed(wins.values())):
             for seed, estimate in enumerate(estimates):
                 y = place + 0.15 * (seed - (len(estimates) - 1) / 2)
-                points.plot([100 * estimate.low, 100 * estimate.high], [y, y], color=PALETTE[0], linewidth=1.2)
-                points.plot(100 * estimate.value, y, "o", color=PALETTE[0], markersize=3.5)
-        points.axvline(100 * LEVEL, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
+                draw_interval(points, [100 * end for end in estimate], y, PALETTE[0], markersize=3.5)
+        points.axvline(100 * LEVEL, **GUIDE)
         points.set(yticks=range(len(wins)), yticklabels=[*wins][::-1], xlabel="% of pairs of completions of a prompt")
 
 

@@ -200,7 +200,7 @@ def ratios(found: dict[str, np.ndarray], group_size: int) -> dict[str, Estimate]
 def ratio(values: np.ndarray, of: np.ndarray) -> Estimate:
     """The sum of the values over that of the others, and the interval of the linearised ratio. [R], [R]."""
     found = values.sum() / of.sum()
-    return mean_interval((found + (values - found * of) / of.mean())[:, None])
+    return mean_interval(found + (values - found * of) / of.mean())
 
 
 def row(shape: tuple[int, int], group_size: int, groups: int | None, found: dict[str, np.ndarray]) -> dict[str, Any]:

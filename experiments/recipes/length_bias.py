@@ -62,7 +62,7 @@ import numpy as np
 import optax
 
 from rl_jax.errors import InputError
-from rl_jax.evaluation import Estimate, mean_interval
+from rl_jax.evaluation import mean_interval
 from rl_jax.keys import Purpose, step_key
 from rl_jax.learner import init_state, policy_gradient_update
 from rl_jax.reinforce import exact
@@ -70,12 +70,12 @@ from rl_jax.reinforce.composition import Estimator
 from rl_jax.reinforce.distributions import entropy, token_logprobs
 from rl_jax.reinforce.estimators import make_estimator
 from rl_jax.reinforce.gradient import Scores
-from rl_jax.run.figures import PALETTE, draw_band, open_figure
+from rl_jax.run.figures import PALETTE, band_of, draw_band, open_figure
 from rl_jax.run.folder import write_json
 from rl_jax.run.loop import run_main
 from rl_jax.run.spmd import make_mesh
 from rl_jax.run.tables import open_results, write_table
-from rl_jax.sweep import make_sweep, scan_updates
+from rl_jax.sweep import make_sweep
 from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
 
 GO, RIGHT, WRONG, END = range(4)  # the tokens: more steps, a right or a wrong idea or answer, the end
@@ -300,21 +300,16 @@ def train(config: Config, task: Task, estimator: Estimator) -> dict[str, np.ndar
             return updated, measure(state.params, task)
 
         table = init_policy(step_key(seed, Purpose.INIT), config.prompts, config.length, config.odds)
-        end, course = scan_updates(step, init_state(table, optimizer, kl_coefficient=0.0), config.updates)
+        end, course = jax.lax.scan(step, init_state(table, optimizer, kl_coefficient=0.0), jnp.arange(config.updates))
         return jax.tree.map(lambda x, last: jnp.append(x, last), course, measure(end.params, task))
 
     return jax.device_get(make_sweep(run, make_mesh())(np.arange(config.seeds)))
 
 
-def seeds_interval(values: np.ndarray) -> Estimate:
-    """Mean and 95 % interval over seeds or problems. [n] -> Estimate."""
-    return mean_interval(np.asarray(values)[:, None])
-
-
 def counted_columns(found: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     """What the expected update of an algorithm does, from `effects` for each problem."""
     columns = {
-        f"{name}, along the {way}": seeds_interval(np.array([each[way][name] for each in found]))
+        f"{name}, along the {way}": mean_interval(np.array([each[way][name] for each in found]))
         for way in found[0]
         for name in MEASURES
     }
@@ -325,9 +320,9 @@ def counted_columns(found: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
 def trained_columns(runs: dict[str, np.ndarray], rival: dict[str, np.ndarray]) -> dict[str, Any]:
     """Where the runs of an algorithm end, and how far they are from the rival's of the same seeds."""
     ends = {name: values[:, -1] for name, values in runs.items()}
-    columns = {name: seeds_interval(values) for name, values in ends.items()}
-    less = {f"{name}, less {RIVAL}": seeds_interval(values - rival[name][:, -1]) for name, values in ends.items()}
-    return {"length of wrong, before": seeds_interval(runs["length of wrong"][:, 0])} | columns | less
+    columns = {name: mean_interval(values) for name, values in ends.items()}
+    less = {f"{name}, less {RIVAL}": mean_interval(values - rival[name][:, -1]) for name, values in ends.items()}
+    return {"length of wrong, before": mean_interval(runs["length of wrong"][:, 0])} | columns | less
 
 
 def draw(path: Path, runs: dict[str, dict[str, dict[str, np.ndarray]]]) -> None:
@@ -336,11 +331,10 @@ def draw(path: Path, runs: dict[str, dict[str, dict[str, np.ndarray]]]) -> None:
         with open_figure(path / f"settled_{settled}.png", [name.capitalize() for name in MEASURES]) as every:
             for axes, name in zip(every, MEASURES, strict=True):
                 for (label, found), colour in zip(of_algorithm.items(), PALETTE, strict=False):
-                    values = found[name]
-                    band = np.array([seeds_interval(x) for x in values.T])[:, [1, 0, 2]].T
-                    draw_band(axes, np.arange(values.shape[1]), band, label, colour, dashed=label == "rloo")
+                    band = band_of(map(mean_interval, found[name].T))
+                    draw_band(axes, np.arange(band.shape[1]), band, label, colour, dashed=label == "rloo")
                 axes.set(xlabel="updates", ylabel="share" if name == "accuracy" else "tokens, exact mean")
-            every[0].legend(frameon=False, fontsize=8)
+            every[0].legend()
 
 
 def check(config: Config) -> None:

@@ -44,7 +44,7 @@ from rl_jax.run.figures import PALETTE, draw_band, draw_limit, open_figure
 from rl_jax.run.loop import run_main
 from rl_jax.run.spmd import make_mesh
 from rl_jax.run.tables import open_results, write_table
-from rl_jax.sweep import make_sweep, scan_updates
+from rl_jax.sweep import make_sweep
 from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
 
 
@@ -213,7 +213,7 @@ def run_seeds(config: Config, method: str) -> dict[str, np.ndarray]:
 
         params = init_params(step_key(setting["seed"], Purpose.INIT), config)
         state = dataclasses.replace(init_state(params, optimizer, kl_coefficient=0.0), baseline=jnp.zeros(()))
-        return scan_updates(update, state, config.episodes // config.batch)[1]
+        return jax.lax.scan(update, state, jnp.arange(config.episodes // config.batch))[1]
 
     return jax.device_get(make_sweep(run, make_mesh())({"seed": np.arange(config.seeds)}))
 
@@ -230,10 +230,10 @@ def main(config: Config) -> None:
     rows = [
         {
             "gradient": method,
-            "E[reward] at the start": mean_interval(seen["reward"][:, :1]),
-            "E[reward] at the end": mean_interval(seen["reward"][:, -1:]),
-            "variance at the start": mean_interval(seen["grad_variance"][:, :1]),
-            "variance at the end": mean_interval(seen["grad_variance"][:, -1:]),
+            "E[reward] at the start": mean_interval(seen["reward"][:, 0]),
+            "E[reward] at the end": mean_interval(seen["reward"][:, -1]),
+            "variance at the start": mean_interval(seen["grad_variance"][:, 0]),
+            "variance at the end": mean_interval(seen["grad_variance"][:, -1]),
         }
         for method, seen in runs.items()
     ]
@@ -250,7 +250,7 @@ def draw(path: Path, runs: dict[str, dict[str, np.ndarray]], config: Config) -> 
         best = 0.0 if config.learn_std else -(config.std**2)
         draw_limit(rewards, best, f"the most there is, {best:g}")
         rewards.set(xlabel="episodes", ylabel="E[reward], exact")
-        rewards.legend(frameon=False, loc="lower right", fontsize=8)
+        rewards.legend(loc="lower right")
         variances.set(xlabel="episodes", ylabel="trace of the covariance, exact", yscale="log")
 
 

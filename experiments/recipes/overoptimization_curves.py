@@ -1,9 +1,10 @@
-"""Gold and proxy reward over d = sqrt(KL): the curve of best of n, Gao's forms, and what the table says of a curve.
+"""Gold and proxy reward over d = sqrt(KL): the curve of best of n, Gao's forms, the table's rows, and the figures.
 
 Letters: S seeds, n points of a curve, K members of a proxy, N prompts, G completions of each, B = N * G.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import chex
@@ -12,8 +13,11 @@ import numpy as np
 from rl_jax.best_of_n import best_of_n_kl_bound, best_of_n_weights
 from rl_jax.evaluation import Estimate, mean_interval
 from rl_jax.rewards.learned import Combination
+from rl_jax.run.figures import GREY, PALETTE, band_of, draw_band, open_figure
 
 BEST_OF_N, RL = "best of n", "RL"
+GRID = 40  # points at which the seeds of a curve are brought together, to be drawn
+DISTANCE = "d = √KL, nats$^{1/2}$"
 
 Form = Callable[[np.ndarray], np.ndarray]
 """Distances d [n] -> what a and b are multiplied by, [n, 2]; or a alone, [n, 1]."""
@@ -83,13 +87,7 @@ FORMS: dict[str, Form] = {BEST_OF_N: best_of_n_form, RL: rl_form}
 
 
 def fit(form: Form, d: np.ndarray, rewards: np.ndarray) -> np.ndarray:
-    """Least squares: a and b, or a alone.
-
-    Args:
-        form: what is fitted.
-        d: [n].
-        rewards: [n].
-    """
+    """Least squares: a and b, or a alone. [n], [n]."""
     chex.assert_rank([d, rewards], 1)
     chex.assert_equal_shape([d, rewards])
     return np.linalg.lstsq(form(d), rewards, rcond=None)[0]
@@ -154,12 +152,7 @@ def lead(curve: Curve, other: Curve) -> Estimate:
         order, both = np.argsort(other_d), (d > 0) & (d <= other_d.max())
         expected = np.interp(d[both], np.append(0.0, other_d[order]), np.append(0.0, other_gold[order]))
         leads.append(np.mean(gold[both] - expected))
-    return over_seeds(np.array(leads))
-
-
-def over_seeds(values: np.ndarray) -> Estimate:
-    """Mean and 95 % interval over seeds. [S]."""
-    return mean_interval(values[:, None])
+    return mean_interval(np.array(leads))
 
 
 def coefficients(curve: Curve) -> np.ndarray:
@@ -168,13 +161,9 @@ def coefficients(curve: Curve) -> np.ndarray:
 
 
 def table_row(sweep: str, curve: Curve, usual: Curve, share: float) -> dict[str, Any]:
-    """What the table says of a curve; intervals are 95 % over seeds.
+    """What the table says of a curve in a sweep; intervals are 95 % over seeds.
 
-    Args:
-        sweep: what is varied.
-        curve: the curve.
-        usual: that of the same method whose proxy is of the defaults.
-        share: of the range of d, for `beyond`.
+    `usual` is the curve of the same method whose proxy is of the defaults, `share` that of the range of d for `beyond`.
     """
     form = FORMS[curve.method]
     a, b = coefficients(curve).T
@@ -187,14 +176,14 @@ def table_row(sweep: str, curve: Curve, usual: Curve, share: float) -> dict[str,
         "pairs": curve.line.pairs,
         "KL coefficient": curve.line.kl_coefficient,
         "members": curve.line.combination,
-        "accuracy, %": over_seeds(100 * curve.accuracy),
-        "a": over_seeds(a),
-        "b": over_seeds(b),
-        "highest gold": over_seeds(curve.gold[:, highest]),
+        "accuracy, %": mean_interval(100 * curve.accuracy),
+        "a": mean_interval(a),
+        "b": mean_interval(b),
+        "highest gold": mean_interval(curve.gold[:, highest]),
         "at d": float(curve.d[:, highest].mean()),
-        "last gold": over_seeds(curve.gold[:, -1]),
-        "fall": over_seeds(curve.gold[:, highest] - curve.gold[:, -1]),
-        "last proxy": over_seeds(curve.proxy[:, -1]),
+        "last gold": mean_interval(curve.gold[:, -1]),
+        "fall": mean_interval(curve.gold[:, highest] - curve.gold[:, -1]),
+        "last proxy": mean_interval(curve.proxy[:, -1]),
         "last d": float(curve.d[:, -1].mean()),
         "gold at the same d, less the usual": None if curve is usual else lead(curve, usual),
         "error beyond, form": far.form,
@@ -202,3 +191,69 @@ def table_row(sweep: str, curve: Curve, usual: Curve, share: float) -> dict[str,
         "error on other seeds, form": left_out.form,
         "error on other seeds, line": left_out.line,
     }
+
+
+def draw_curves(path: Path, curves: dict[str, list[Curve]], name: Callable[[Line], str]) -> None:
+    """A panel for each method: gold solid with a band of 95 % over seeds, proxy dashed, Gao's form dotted.
+
+    All methods have curves of the same lines, which `name` gives their names.
+    """
+    with open_figure(path, [f"{method[0].upper()}{method[1:]}" for method in curves], 5.0, 4.0) as every:
+        for axes, (method, of_method) in zip(every, curves.items(), strict=True):
+            lines = []
+            for curve, colour in zip(of_method, PALETTE, strict=False):
+                d, gold, proxy = common_grid(curve)
+                band = band_of(map(mean_interval, gold.T))
+                draw_band(axes, d, band, name(curve.line), colour)
+                proxy_label, fit_label = (f"_{kind}, {name(curve.line)}" for kind in ("proxy", "fit to gold"))
+                axes.plot(d, proxy.mean(axis=0), color=colour, linewidth=1.1, linestyle=(0, (4, 2)), label=proxy_label)
+                form = FORMS[method]
+                fitted = form(d) @ fit(form, curve.d.ravel(), curve.gold.ravel())
+                axes.plot(d, fitted, color=colour, linewidth=1.1, linestyle=(0, (1, 1.5)), label=fit_label)
+                lines += [band[1], proxy.mean(axis=0), fitted]
+            axes.axhline(0, color=GREY, linewidth=0.7)
+            low, high = np.nanmin(lines), np.nanmax(lines)  # a band of few seeds may be far wider
+            room = 0.15 * (high - low)
+            axes.set(xlabel=DISTANCE, xlim=(0, None), ylim=(low - room, high + room))
+        every[0].set_ylabel("reward, standard deviations on the reference policy")
+        handles, labels = every[0].get_legend_handles_labels()
+        for label, style in (("gold", "-"), ("proxy", (0, (4, 2))), ("fit to gold", (0, (1, 1.5)))):
+            handles += every[0].plot([], [], color="black", linewidth=1.2, linestyle=style)
+            labels.append(label)
+        every[0].legend(handles, labels)
+
+
+def common_grid(curve: Curve) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """d from 0 to the last one that every seed reaches, [m], and gold and proxy of each seed there, [S, m].
+
+    Gold begins at 0 with d; the proxy is NaN before its first point, for that of an ensemble may begin elsewhere.
+    """
+    grid = np.linspace(0, curve.d.max(axis=1).min(), GRID)
+    gold, proxy = [], []
+    for d, of_gold, of_proxy in zip(curve.d, curve.gold, curve.proxy, strict=True):
+        order = np.argsort(d, kind="stable")
+        gold.append(np.interp(grid, np.append(0, d[order]), np.append(0, of_gold[order])))
+        proxy.append(np.interp(grid, d[order], of_proxy[order], left=np.nan))
+    return grid, np.array(gold), np.array(proxy)
+
+
+def draw_coefficients(path: Path, sweeps: dict[str, tuple[dict[float, Curve], ...]]) -> None:
+    """a and b over what is varied, a colour for each method; bars are 95 % over seeds.
+
+    Sweeps are by the name of the axis; of each method, the curve of every value.
+    """
+    titles = [f"{letter} over {axis}" for axis in sweeps for letter in ("a", "b")]
+    with open_figure(path, titles, 3.4, 3.2) as every:
+        for number, (axis, methods) in enumerate(sweeps.items()):
+            for by_value, colour in zip(methods, PALETTE, strict=False):
+                x = list(by_value)
+                found = [coefficients(curve) for curve in by_value.values()]
+                for axes, column in zip(every[2 * number : 2 * number + 2], (0, 1), strict=True):
+                    low, middle, high = band_of(mean_interval(each[:, column]) for each in found)
+                    bars, label = (middle - low, high - middle), next(iter(by_value.values())).method
+                    axes.errorbar(x, middle, bars, color=colour, marker="o", markersize=4, capsize=2, label=label)
+                    axes.set(xscale="log", xlabel=axis)
+                    axes.set_xticks(x, [f"{value:,g}" for value in x])
+                    axes.minorticks_off()
+                    axes.axhline(0, color=GREY, linewidth=0.7)
+        every[0].legend()

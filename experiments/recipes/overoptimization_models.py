@@ -23,7 +23,7 @@ from rl_jax.pretraining import pretrain_gradient
 from rl_jax.rewards.tokens import repetition_penalty
 from rl_jax.run.spmd import make_mesh, pmapped
 from rl_jax.sampling import Sampling
-from rl_jax.sweep import make_sweep, scan_updates
+from rl_jax.sweep import make_sweep
 from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, Rollout, TrainState
 
 BETAS = (0.9, 0.95)  # of AdamW
@@ -79,7 +79,7 @@ def pretrain_model(config: TransformerConfig, tokens: np.ndarray, learning: Lear
             return state, metrics["loss"]
 
         state = init_state(init_params(step_key(seed, Purpose.INIT), config), optimizer, kl_coefficient=0.0)
-        return scan_updates(update, state, learning.updates)[0].params
+        return jax.lax.scan(update, state, jnp.arange(learning.updates))[0].params
 
     return jax.device_get(pmapped(run, make_mesh(), (None,), None)(tokens))
 
@@ -216,7 +216,7 @@ def train_rewards(
 
         params = init_reward_params(step_key(seed, Purpose.HEAD, row["member"]), backbone, config)
         params = jax.tree.map(lambda x: x[None], params)
-        return scan_updates(update, init_ensemble_state(params, optimizer), learning.updates)[0].params
+        return jax.lax.scan(update, init_ensemble_state(params, optimizer), jnp.arange(learning.updates))[0].params
 
     return jax.device_get(make_sweep(run, make_mesh())(rows, backbone, data))
 

@@ -22,7 +22,7 @@ from rl_jax.rollout import generate
 from rl_jax.run.spmd import make_mesh
 from rl_jax.sampling import Sampling
 from rl_jax.scoring import Reference, completion_states, make_score_fn, reference_scores, score_completions
-from rl_jax.sweep import make_sweep, scan_updates
+from rl_jax.sweep import make_sweep
 from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
 
 GROUP_SIZE = 4  # completions of a prompt in an update
@@ -93,7 +93,7 @@ def tune(
         problem: what the runs share.
         tuning: how.
         completion_length: C.
-        spread_weight: of the combination that takes the spread off.
+        spread_weight: see `combinations`.
         rows: of each run "seed"; "kl_coefficient"; "combination", its place in `combinations`; and "proxy", the
             parameters [R, K, ...].
 
@@ -153,7 +153,7 @@ def tune(
 
         shape = (EVALUATED * len(problem.evaluated.tokens), completion_length)
         state = init_state(problem.policy, optimizer, row["kl_coefficient"])
-        (_, completions), means = scan_updates(point, (state, jnp.zeros(shape, jnp.int32)), tuning.points)
+        (_, completions), means = jax.lax.scan(point, (state, jnp.zeros(shape, jnp.int32)), jnp.arange(tuning.points))
         return means, completions
 
     return jax.device_get(make_sweep(run, make_mesh())(rows, problem))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rl_jax.run.figures import GREY, PALETTE, open_figure
+from rl_jax.run.figures import GREY, GUIDE, PALETTE, open_figure
 
 
 def draw_errors(path: Path, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -16,7 +16,7 @@ def draw_errors(path: Path, curves: dict[str, tuple[np.ndarray, np.ndarray]]) ->
             axes.plot(counts, found, color=colour, linewidth=1.6, label=name)
         ends = np.array([1.0, max(counts[-1] for counts, _ in curves.values())])
         guide = min(found[0] for _, found in curves.values()) / 2 / np.sqrt(ends)
-        axes.plot(ends, guide, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.plot(ends, guide, **GUIDE)
         middle = (math.sqrt(ends[1]), guide[0] / ends[1] ** 0.25)
         below = {"textcoords": "offset points", "ha": "right", "va": "top", "color": GREY, "fontsize": 8}
         axes.annotate("slope −1/2", middle, (-4, -2), **below)

@@ -223,7 +223,7 @@ def bias(mean: np.ndarray, gradient: np.ndarray) -> tuple[float, float]:
 
 def sampled_bias(samples: np.ndarray, gradient: np.ndarray) -> Estimate:
     """The bias along the exact gradient, from samples of the estimate. [M, P], [P]."""
-    return mean_interval((samples @ (gradient / (gradient @ gradient)) - 1)[:, None])
+    return mean_interval(samples @ (gradient / (gradient @ gradient)) - 1)
 
 
 def errors(samples: np.ndarray, gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

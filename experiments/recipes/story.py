@@ -49,7 +49,7 @@ SmolLM2 learned nothing in 18 updates, which is what two cores have time for: wi
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -62,14 +62,7 @@ from experiments.pretrain import Pretraining, held_out_passages, load_text, mode
 from experiments.pretrain import check as check_pretraining
 from experiments.recipes.embeddings import EmbedFn, cosines, load_encoder, make_embed
 from experiments.recipes.writing import PartsFn, Start, Task, Turn, Writing, improve, load, make_prompts
-from experiments.recipes.writing_parts import (
-    copied_share,
-    is_finished,
-    repeated_share,
-    sentences_of,
-    within,
-    words_of,
-)
+from experiments.recipes.writing_parts import form, sentences_of, within
 from experiments.reinforcing import Reinforcing
 from rl_jax.data.corpus import read_passages
 from rl_jax.errors import InputError
@@ -145,27 +138,14 @@ def coherence(embed: EmbedFn, opening: str, text: str) -> float:
 
 
 def make_parts(embed: EmbedFn, tone: float) -> PartsFn:
-    """What `Weights` speaks of, by its names.
-
-    Args:
-        embed: of sentences.
-        tone: VADER's compound score that is asked for.
-    """
+    """What `Weights` speaks of, by its names."""
 
     def parts(turns: Sequence[Turn], texts: Sequence[str]) -> dict[str, np.ndarray]:
-        openings, said = [words_of(turn.prompt) for turn in turns], [words_of(text) for text in texts]
-        whole = [
-            within(len(words), *WORDS, MARGIN) * is_finished(text) for words, text in zip(said, texts, strict=True)
-        ]
+        openings = [turn.prompt for turn in turns]
         return {
-            "coherence": np.array(
-                [coherence(embed, turn.prompt, text) for turn, text in zip(turns, texts, strict=True)]
-            ),
+            "coherence": np.array([coherence(embed, *pair) for pair in zip(openings, texts, strict=True)]),
             "tone": np.array([1 - abs(sentiment("", text) - tone) / 2 for text in texts]),
-            "variety": np.array([1 - repeated_share(words) for words in said]),
-            "originality": np.array([1 - copied_share(*pair) for pair in zip(said, openings, strict=True)]),
-            "length": np.array(whole),
-        }
+        } | form(openings, texts, *WORDS, MARGIN)
 
     return parts
 
@@ -206,18 +186,15 @@ def make_start(config: Config) -> Start:
 
     def pretrain_in(folder: Path) -> Policy:
         folder.mkdir(exist_ok=True)
-        writer = open_metrics(folder)
-        policy, _ = pretrain(settings, text, seed, folder, writer)
-        writer.close()
+        with closing(open_metrics(folder)) as writer:
+            policy, _ = pretrain(settings, text, seed, folder, writer)
         return policy._replace(place=save_policy(folder / "policy", policy))
 
     return Start(Policy(None, shape, text.tokenizer), pretrain_in)
 
 
 def main(config: Config) -> None:
-    weights = dataclasses.asdict(config.weights)
-    make, begin = partial(make_task, config), partial(make_start, config)
-    improve("experiments/recipes/story.py", config, config.writing, weights, make, begin)
+    improve("experiments/recipes/story.py", config, make_task, make_start)
 
 
 if __name__ == "__main__":

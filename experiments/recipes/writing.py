@@ -5,10 +5,10 @@ Letters: N prompts, G completions of each, B = N * G.
 
 import dataclasses
 import functools
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -32,6 +32,7 @@ from rl_jax.models.layout import put_model
 from rl_jax.rewards.compose import Reward
 from rl_jax.run.folder import check_run, open_run
 from rl_jax.run.metrics import open_metrics
+from rl_jax.run.run_files import read_metrics
 from rl_jax.run.spmd import AS_IT_IS, make_mesh, pmapped
 from rl_jax.run.tables import write_table
 from rl_jax.sampling import Sampling
@@ -178,28 +179,18 @@ def total(parts: Mapping[str, np.ndarray], weights: Weights) -> np.ndarray:
 def tune(
     settings: Reinforcing, policy: Policy, task: Task, weights: Weights, optimised: Weights, seed: int, run: Path
 ) -> tuple[Policy, list[dict[str, Any]]]:
-    """Tune a policy for some parts of the reward, in a folder from which the run is resumed.
-
-    Args:
-        settings: of RL.
-        policy: before.
-        task: what is to be written.
-        weights: of the whole reward.
-        optimised: those of them that are optimised.
-        seed: of everything random.
-        run: the folder.
+    """Tune a policy for those parts of the reward that are `optimised`, in a folder from which the run is resumed.
 
     Returns:
-        The tuned policy, and its metrics, of which "whole" is the whole reward.
+        The tuned policy, and its metrics, of which "whole" is the whole reward, of all `weights`.
     """
     run.mkdir(parents=True, exist_ok=True)
-    reward, whole = (make_writing_reward(task, each) for each in (optimised, weights))
-    same, writer = optimised == weights, open_metrics(run)
-    tuned = reinforce(settings, policy, reward, task.prompts, seed, run, writer, None if same else whole)
-    writer.close()
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    last = {row["step"]: row for row in rows if row["stage"] == "rl"}  # a resumed run writes some steps again
-    return tuned, [row | {"whole": row["reward" if same else "gold"]} for row in last.values()]
+    reward = make_writing_reward(task, optimised)
+    whole = None if optimised == weights else make_writing_reward(task, weights)
+    with closing(open_metrics(run)) as writer:
+        tuned = reinforce(settings, policy, reward, task.prompts, seed, run, writer, whole)
+    stages, _ = read_metrics(run / "metrics.jsonl")
+    return tuned, [row | {"whole": row["gold" if whole else "reward"]} for row in stages["rl"]]
 
 
 def make_fit(policy: Policy) -> FitFn:
@@ -226,17 +217,7 @@ def make_fit(policy: Policy) -> FitFn:
 def write(
     settings: Reinforcing, policy: Policy, reference: Policy, task: Task, fit: FitFn, key: Array, stage: str
 ) -> Written:
-    """Let a policy complete the held-out prompts, and judge what it wrote.
-
-    Args:
-        settings: of RL, and of the comparison.
-        policy: which writes.
-        reference: the policy before RL.
-        task: the prompts and the judges.
-        fit: from `make_fit`, of the policy before RL.
-        key: of the completions.
-        stage: what the progress is called.
-    """
+    """Let a policy complete the held-out prompts, and judge what it wrote; `fit` is of the reference policy."""
     group = settings.compare.completions
     sampling = dataclasses.replace(make_sampling(settings, policy.ends), group_size=group)
     sampled = complete(policy, reference, task.prompts.held_out, {}, sampling, key, stage)
@@ -252,12 +233,7 @@ def write(
 
 
 def policy_rows(written: Mapping[str, Written], weights: Weights) -> list[dict[str, Any]]:
-    """What is measured of each policy, a row for each, the first being the one before; win rates are over that one.
-
-    Args:
-        written: by the policy's name.
-        weights: of the whole reward.
-    """
+    """What is measured of each policy, a row for each, the first being the one before; win rates are over that one."""
     before, rows = written[BEFORE], []
     for name, each in written.items():
         row: dict[str, Any] = {"policy": name}
@@ -321,29 +297,21 @@ def load(settings: Writing) -> Start:
     return Start(load_policy(settings.policy, settings.dtype, params_dtype=kept_in))
 
 
-def improve(
-    script: str,
-    config: Any,
-    settings: Writing,
-    weights: Weights,
-    make_task: Callable[[Policy], Task],
-    begin: Callable[[], Start],
-) -> None:
+def improve(script: str, config: Any, make_task: Callable[[Any, Policy], Task], begin: Callable[[Any], Start]) -> None:
     """Tune a policy, and the warning, and write everything that is measured of them.
 
     Args:
         script: the recipe's.
-        config: all of its settings.
-        settings: those of them that are here, under the name of writing.
-        weights: of the whole reward.
-        make_task: what the policy is to write.
-        begin: what it starts from.
+        config: all of its settings, among them writing, and weights, of which the whole reward is made.
+        make_task: of these and the policy, what is to be written.
+        begin: of these, what the policy starts from.
     """
-    start, rl = time.perf_counter(), settings.reinforce
+    start, settings, weights = time.perf_counter(), config.writing, dataclasses.asdict(config.weights)
+    rl = settings.reinforce
     if settings.resume or (settings.results / "config.json").exists():  # a clone has results without their run
         check_run(settings.results, config, settings.resume, ("writing.results", "writing.resume"))
-    policy, pretrain = begin()
-    task = make_task(policy)
+    policy, pretrain = begin(config)
+    task = make_task(config, policy)
     check(settings, policy, task, weights)
     folder = open_run(settings.results, script, config)
     policy = pretrain(folder / "pretrained") if pretrain else policy

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rl_jax.run.figures import GREY, PALETTE, open_figure
+from rl_jax.run.figures import GREY, GUIDE, PALETTE, draw_interval, open_figure
 
 SMOOTH = 5  # updates that a line is the mean of
 
@@ -17,13 +17,9 @@ def draw_writing(
     rows: Sequence[Mapping[str, Any]],
     parts: Sequence[str],
 ) -> None:
-    """Three panels; every policy has a colour, the one before RL is grey.
+    """Three panels; every policy has a colour, the one before RL, which is the table's first row, is grey.
 
-    Args:
-        path: of the PNG file.
-        curves: metrics of each variant, by its name, of which "whole" is the whole reward.
-        rows: of the table, the first being the policy before.
-        parts: columns of the table that are parts of the reward.
+    Curves are metrics by the name of the policy, of which "whole" is the whole reward; its parts are columns of rows.
     """
     colours = {row["policy"]: colour for row, colour in zip(rows, (GREY, *PALETTE), strict=False)}
     wins = [name for name in rows[-1] if name.startswith("wins by ")]
@@ -34,12 +30,12 @@ def draw_writing(
             width = min(SMOOTH, len(values))
             means = np.convolve(values, np.ones(width) / width, "valid")
             lines.plot(np.arange(width, len(values) + 1), means, color=colours[name], linewidth=1.6, label=name)
-        lines.axhline(rows[0]["reward"].value, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
+        lines.axhline(rows[0]["reward"].value, **GUIDE)
         lines.set(xlabel="updates", ylabel=f"mean of {SMOOTH} updates")
-        lines.legend(frameon=False, fontsize=8)
+        lines.legend()
         draw_estimates(points, rows, parts, parts, colours, 1)
         draw_estimates(bars, rows[1:], wins, [name.removeprefix("wins by ") for name in wins], colours, 100)
-        bars.axvline(50, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
+        bars.axvline(50, **GUIDE)
 
 
 def draw_estimates(
@@ -54,8 +50,7 @@ def draw_estimates(
     for place, column in enumerate(columns):
         for number, row in enumerate(rows):
             y = -place + 0.16 * ((len(rows) - 1) / 2 - number)
-            colour, estimate = colours[row["policy"]], row[column]
-            axes.plot([scale * estimate.low, scale * estimate.high], [y, y], color=colour, linewidth=1.3)
             label = row["policy"] if place == 0 else None
-            axes.plot(scale * estimate.value, y, "o", color=colour, markersize=3.5, label=label)
+            estimate = [scale * end for end in row[column]]
+            draw_interval(axes, estimate, y, colours[row["policy"]], markersize=3.5, label=label)
     axes.set(yticks=[-place for place in range(len(columns))], yticklabels=names)

@@ -5,6 +5,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 SENTENCE_END = re.compile(r"(?:(?<=[.!?…])|(?<=[.!?…][\"'”’)]))\s+")
 FINISHED = re.compile(r"[.!?…][\"'”’)]*\s*$")
@@ -51,6 +53,29 @@ def is_finished(text: str) -> bool:
 def asks(text: str) -> bool:
     """Whether a sentence of the text is a question."""
     return bool(re.search(r"\w[\"'”’)]*\s*\?", text))
+
+
+def form(prompts: Sequence[str], texts: Sequence[str], low: int, high: int, margin: int) -> dict[str, np.ndarray]:
+    """What says nothing of a text's meaning, in [0, 1]. float [B] each.
+
+    Args:
+        prompts: what the texts follow. B of them.
+        texts: B.
+        low: words that a text has at least, or else its length is worth less.
+        high: and at most.
+        margin: so many words beyond, it is worth nothing.
+
+    Returns:
+        variety, one less the share of pairs of words that a text has had before; originality, one less the share that
+        its prompt has; length, whether it is of whole sentences and has so many words.
+    """
+    asked, said = ([words_of(text) for text in every] for every in (prompts, texts))
+    lengths = [within(len(words), low, high, margin) for words in said]
+    return {
+        "variety": np.array([1 - repeated_share(words) for words in said]),
+        "originality": np.array([1 - copied_share(*pair) for pair in zip(said, asked, strict=True)]),
+        "length": np.array(lengths) * [is_finished(text) for text in texts],
+    }
 
 
 def word_rarity(texts: Iterable[str]) -> dict[str, float]:

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from rl_jax.errors import InputError
+from rl_jax.types import PyTree
 
 RowNumbers = np.ndarray | slice
 """Numbers of rows of a batch: those that a process has to make of it."""
@@ -65,28 +67,31 @@ def held_out_batches(tokens: np.ndarray, batch_size: int, length: int) -> Iterat
     yield from zip(np.split(windows, batches), np.split(mask, batches), strict=True)
 
 
-def shuffled_rows(total: int, batch_size: int, seed: int, step: int, name: str) -> np.ndarray:
-    """Batch `step` of an endless stream of row numbers, in which every epoch is a fresh permutation of them all.
+def shuffled_batch(data: PyTree, batch_size: int, seed: int, step: int, name: str, rows: RowNumbers = ALL) -> PyTree:
+    """Batch `step` of an endless stream of rows, in which every epoch is a fresh permutation of them all.
 
     A batch may end one epoch and begin the next, so that none is left out of an epoch.
 
     Args:
-        total: rows that there are.
+        data: NumPy arrays of M rows each.
         batch_size: B.
         seed: which stream.
         step: which batch of it; none needs the ones before it.
         name: what the rows are, for the message.
+        rows: those of the batch that are wanted.
 
     Returns:
-        int64 [B].
+        Arrays of B rows, or those rows of them.
 
     Raises:
-        InputError: there are fewer rows than a batch has.
+        InputError: M < B.
     """
+    total = len(jax.tree.leaves(data)[0])
     if total < batch_size:
         raise InputError(
             f"there are {total} {name} and a batch needs {batch_size}: give more {name} or a smaller batch"
         )
     epoch, first = divmod(step * batch_size, total)
     order = np.concatenate([np.random.default_rng([seed, e]).permutation(total) for e in (epoch, epoch + 1)])
-    return order[first : first + batch_size]
+    chosen = order[first : first + batch_size][rows]
+    return jax.tree.map(lambda x: x[chosen], data)

@@ -4,12 +4,17 @@ A message is {"role": "user", "content": "Hello"}. Its text is made by a functio
 plain lines, so that the text of a conversation is that of its prompt with that of the completion after it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from rl_jax.data.files import HALF_SURROGATE, SURROGATE
+from rl_jax.data.files import HALF_SURROGATE, SURROGATE, Row
+from rl_jax.errors import InputError
+
+T = TypeVar("T")
 
 Message = Mapping[str, Any]
 """{"role": ..., "content": ...}, and whatever else a chat template reads."""
@@ -20,6 +25,26 @@ Render = Callable[[Sequence[Message], bool], str]
 
 class BrokenRow(Exception):
     """A row that cannot be used. The message says why, and follows the row's place."""
+
+
+def usable_rows(path: Path, rows: Iterable[Row], read: Callable[[Row], T]) -> tuple[list[T], list[str]]:
+    """What is read of the rows of a file, and a line on each that cannot be used: "FILE, line 7 has no string ...".
+
+    Raises:
+        InputError: none can be used.
+    """
+    usable, broken = [], []
+    for row in rows:
+        try:
+            if row.broken:
+                raise BrokenRow(row.broken)
+            usable.append(read(row))
+        except BrokenRow as error:
+            broken.append(f"{row.place} {error}")
+    if not usable:
+        why = f"; the first of {len(broken)}: {broken[0]}" if broken else ""
+        raise InputError(f"{path} has no row that can be used{why}")
+    return usable, broken
 
 
 def plain_turns(messages: Sequence[Message], open_turn: bool) -> str:
@@ -65,7 +90,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def read_conversation(messages: object, render: Render) -> str:
     """The text of a whole conversation; a BrokenRow where it is none."""
-    return render(_messages(messages, '"messages"'), False)
+    return render(_messages(messages, "messages"), False)
 
 
 def read_prompt(values: Mapping[str, Any], render: Render, as_chat: bool = False) -> tuple[str, str, str]:
@@ -87,14 +112,14 @@ def read_prompt(values: Mapping[str, Any], render: Render, as_chat: bool = False
     """
     prompt = values.get("prompt")
     if isinstance(prompt, str):
-        if not _text(prompt, "prompt"):
+        if not read_string(prompt, "prompt"):
             raise BrokenRow('has an empty "prompt"')
         return render([{"role": "user", "content": prompt}], True) if as_chat else prompt, prompt, prompt
     if prompt is None and values.get("messages") is not None:
-        turns = _messages(values["messages"], '"messages"')
+        turns = _messages(values["messages"], "messages")
         turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
     elif prompt is not None:
-        turns = _messages(prompt, '"prompt"')
+        turns = _messages(prompt, "prompt")
     else:
         raise BrokenRow('has neither "prompt" nor "messages"')
     if not turns or turns[-1]["role"] == "assistant":
@@ -110,7 +135,7 @@ def read_completion(values: Mapping[str, Any], name: str, render: Render) -> tup
     """
     if values.get(name) is not None:
         return read_completions(values, {name: values[name]}, render)
-    messages = _messages(values["messages"], '"messages"')
+    messages = _messages(values["messages"], "messages")
     return _conversation(messages[:-1], [messages[-1:]], ["messages"], render)
 
 
@@ -131,23 +156,24 @@ def read_completions(
     """
     prompt = values.get("prompt")
     if any(isinstance(candidate, list) for candidate in candidates.values()):
-        conversations = [_messages(candidate, f'"{name}"') for name, candidate in candidates.items()]
-        if prompt is None:
-            shared = _shared(conversations)
+        conversations = [_messages(candidate, name) for name, candidate in candidates.items()]
+        if prompt is None:  # each keeps its last message for itself
+            said = zip(*(_said(conversation[:-1]) for conversation in conversations), strict=False)
+            same = itertools.takewhile(lambda turn: len(set(turn)) == 1, said)
+            shared = conversations[0][: len(list(same))]
         else:
-            shared = [{"role": "user", "content": _text(prompt, "prompt")}] if isinstance(prompt, str) else prompt
-            shared = _messages(shared, '"prompt"')
-        if all(_same(conversation[: len(shared)], shared) for conversation in conversations):
+            shared = _messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, "prompt")
+        if all(_said(conversation[: len(shared)]) == _said(shared) for conversation in conversations):
             conversations = [conversation[len(shared) :] for conversation in conversations]
         return _conversation(shared, conversations, list(candidates), render)
-    completions = tuple(_text(candidate, name) for name, candidate in candidates.items())
+    completions = tuple(read_string(candidate, name) for name, candidate in candidates.items())
     if isinstance(prompt, list):
         turns: list[list[Message]] = [[{"role": "assistant", "content": completion}] for completion in completions]
-        return _conversation(_messages(prompt, '"prompt"'), turns, list(candidates), render)
+        return _conversation(_messages(prompt, "prompt"), turns, list(candidates), render)
     for name, completion in zip(candidates, completions, strict=True):
         if not completion:
             raise BrokenRow(f'has an empty "{name}"')
-    return "" if prompt is None else _text(prompt, "prompt"), completions
+    return "" if prompt is None else read_string(prompt, "prompt"), completions
 
 
 def _conversation(
@@ -164,33 +190,23 @@ def _conversation(
     return before, tuple(text[len(before) :] for text in texts)
 
 
-def _shared(conversations: Sequence[list[Message]]) -> list[Message]:
-    """The messages that all begin with, of which each keeps its last for itself."""
-    shared: list[Message] = []
-    for turn in zip(*(conversation[:-1] for conversation in conversations), strict=False):
-        if not all(_same([message], [turn[0]]) for message in turn):
-            break
-        shared.append(turn[0])
-    return shared
-
-
-def _same(some: Sequence[Message], others: Sequence[Message]) -> bool:
-    said = [[(message["role"], message["content"]) for message in part] for part in (some, others)]
-    return said[0] == said[1]
+def _said(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in messages]
 
 
 def _messages(value: object, name: str) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise BrokenRow(f"has no messages under {name}")
+        raise BrokenRow(f'has no messages under "{name}"')
     for number, message in enumerate(value, start=1):
         for field in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(field), str):
-                raise BrokenRow(f'has no string under "{field}" of message {number} of {name}')
-            _text(message[field], field)
+                raise BrokenRow(f'has no string under "{field}" of message {number} of "{name}"')
+            read_string(message[field], field)
     return value
 
 
-def _text(value: object, name: str) -> str:
+def read_string(value: object, name: str) -> str:
+    """The value of a column that holds text; a BrokenRow where it does not."""
     if not isinstance(value, str):
         raise BrokenRow(f'has no string under "{name}"')
     if SURROGATE.search(value):

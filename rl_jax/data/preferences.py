@@ -6,7 +6,7 @@ Letters: M rows of a data set, B of a batch, K candidate completions of each, P 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,17 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rl_jax.data.batches import ALL, RowNumbers, shuffled_rows
-from rl_jax.data.conversations import BrokenRow, Render, plain_turns, read_completion, read_completions, turn_end
-from rl_jax.data.files import read_rows
+from rl_jax.data.conversations import (
+    BrokenRow,
+    Render,
+    plain_turns,
+    read_completion,
+    read_completions,
+    turn_end,
+    usable_rows,
+)
+from rl_jax.data.files import Row, read_rows
+from rl_jax.data.prompts import left_padded
 from rl_jax.data.tokenizer import encode_openings, encode_texts
 from rl_jax.errors import InputError
 from rl_jax.types import PreferenceBatch
@@ -82,21 +90,18 @@ def read_preferences(path: str | os.PathLike[str], render: Render = plain_turns)
     Raises:
         InputError: the file cannot be read, none of its rows can be used, or they are of different kinds.
     """
-    rows, broken, kinds = [], [], {}
-    for place, values, reason in read_rows(Path(path)):
-        try:
-            if reason:
-                raise BrokenRow(reason)
-            kind = _kind(values)
-            rows.append(_READERS[kind](values, render))
-        except BrokenRow as error:
-            broken.append(f"{place} {error}")
-            continue
-        kinds.setdefault(kind, place)
-        if len(kinds) > 1:
-            (one, first), (other, second) = kinds.items()
+    places: dict[str, str] = {}
+
+    def judged(row: Row) -> Judged:
+        kind = _kind(row.values)
+        found = _READERS[kind](row.values, render)
+        places.setdefault(kind, row.place)
+        if len(places) > 1:
+            (one, first), (other, second) = places.items()
             raise InputError(f"{first} is a {one} and {second} is a {other}: put each kind in a file of its own")
-    return _some(Read(rows, broken), path)
+        return found
+
+    return Read(*usable_rows(Path(path), read_rows(Path(path)), judged))
 
 
 def read_demonstrations(path: str | os.PathLike[str], render: Render = plain_turns) -> Read:
@@ -108,19 +113,16 @@ def read_demonstrations(path: str | os.PathLike[str], render: Render = plain_tur
     Raises:
         InputError: the file cannot be read, or none of its rows can be used.
     """
-    rows, broken = [], []
-    for place, values, reason in read_rows(Path(path)):
-        try:
-            if reason:
-                raise BrokenRow(reason)
-            if all(values.get(name) is None for name in ("completion", "messages", "text")):
-                raise BrokenRow('has neither "completion", "messages" nor "text"')
-            if values.get("completion") is None and values.get("messages") is None:
-                values = {"completion": values["text"]}
-            rows.append(Judged(*read_completion(values, "completion", render), (0.0,)))
-        except BrokenRow as error:
-            broken.append(f"{place} {error}")
-    return _some(Read(rows, broken), path)
+
+    def shown(row: Row) -> Judged:
+        values: Mapping[str, Any] = row.values
+        if all(values.get(name) is None for name in ("completion", "messages", "text")):
+            raise BrokenRow('has neither "completion", "messages" nor "text"')
+        if values.get("completion") is None and values.get("messages") is None:
+            values = {"completion": values["text"]}
+        return Judged(*read_completion(values, "completion", render), (0.0,))
+
+    return Read(*usable_rows(Path(path), read_rows(Path(path)), shown))
 
 
 def write_preferences(path: str | os.PathLike[str], rows: Sequence[Judged]) -> None:
@@ -132,24 +134,22 @@ def write_preferences(path: str | os.PathLike[str], rows: Sequence[Judged]) -> N
 
 
 def encode_preferences(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Judged], context: int, end: bool = True
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Judged], context: int
 ) -> tuple[PreferenceBatch, list[int]]:
     """Encodes every row that fits, prompts with the tokens that begin a sequence: nothing is cut.
 
     Prompts are padded on the left to the longest of them, completions on the right; padding is the end-of-sequence
-    id. An empty prompt becomes a single end-of-sequence token. P + C may be more than the context, which counts the
-    real tokens of a row.
+    id. An empty prompt becomes a single end-of-sequence token. Each completion is followed by one, but where it ends
+    with it already, or with what the chat template puts after an assistant's turn. P + C may be more than the context,
+    which counts the real tokens of a row.
 
     Args:
         tokenizer: of the model.
         rows: M' of them.
         context: tokens that a prompt and the longest of its completions may have together.
-        end: whether each completion is followed by the end-of-sequence token: yes where completions are whole texts.
-            One that ends with it already, or with what the chat template puts after an assistant's turn, is left so.
 
     Returns:
-        NumPy arrays of the M rows that fit, in their order, and the numbers of the rows that do not, or that have a
-        completion without any token.
+        NumPy arrays of the M rows that fit, in their order, and the numbers of the rows that do not.
 
     Raises:
         InputError: there is no row, none fits, or the tokenizer lacks the end-of-sequence token.
@@ -159,22 +159,22 @@ def encode_preferences(
         raise InputError("the tokenizer has no end-of-sequence token to end completions with")
     if not rows:
         raise InputError("there are no rows to encode")
-    closing, ends = np.full(int(end), eos, np.int32), (eos, turn_end(tokenizer))
-    prompts = [ids if len(ids) else np.asarray([eos], np.int32) for ids in _encoded(tokenizer, rows, "prompt")]
-    flat = iter(_encoded(tokenizer, rows, "completions"))
+    closing, ends = np.asarray([eos], np.int32), (eos, turn_end(tokenizer))
+    opened = _encoded(encode_openings, tokenizer, [row.prompt for row in rows])
+    prompts = [ids if len(ids) else closing for ids in opened]
+    flat = _encoded(encode_texts, tokenizer, [text for row in rows for text in row.completions])
     closed = (ids if len(ids) and ids[-1] in ends else np.concatenate([ids, closing]) for ids in flat)
     completions = [[next(closed) for _ in row.completions] for row in rows]
-    lengths = [(len(prompt), [len(ids) for ids in ended]) for prompt, ended in zip(prompts, completions, strict=True)]
-    fits = [min(ended) > 0 and prompt + max(ended) <= context for prompt, ended in lengths]
-    kept = [index for index, fit in enumerate(fits) if fit]
+    needed = [len(prompt) + max(map(len, ended)) for prompt, ended in zip(prompts, completions, strict=True)]
+    kept = [index for index, tokens in enumerate(needed) if tokens <= context]
     if not kept:
-        shortest = min(prompt + max(ended) for prompt, ended in lengths)
         raise InputError(
-            f"none of {len(rows)} rows fits a context of {context} tokens (the shortest needs {shortest}): "
+            f"none of {len(rows)} rows fits a context of {context} tokens (the shortest needs {min(needed)}): "
             "take a model with a longer context, or shorter texts"
         )
-    K = max(len(lengths[index][1]) for index in kept)
-    backwards, prompt_mask = _padded([prompts[index][::-1] for index in kept], eos)
+    K = max(len(completions[index]) for index in kept)
+    openings = [prompts[index] for index in kept]
+    prompt_tokens, prompt_mask = left_padded(openings, max(map(len, openings)), tokenizer)
     lacking = np.zeros(0, np.int32)
     candidates = [ids for index in kept for ids in completions[index] + [lacking] * (K - len(completions[index]))]
     tokens, mask = _padded(candidates, eos)
@@ -182,33 +182,14 @@ def encode_preferences(
     for row, index in zip(labels, kept, strict=True):
         row[: len(rows[index].labels)] = rows[index].labels
     arrays: dict[str, Any] = {
-        "prompts": backwards[:, ::-1],
-        "prompt_mask": prompt_mask[:, ::-1],
+        "prompts": prompt_tokens,
+        "prompt_mask": prompt_mask,
         "completions": tokens.reshape(len(kept), K, -1),
         "completion_mask": mask.reshape(len(kept), K, -1),
         "labels": labels,
         "margins": np.asarray([rows[index].margin for index in kept], np.float32),
     }
-    return PreferenceBatch(**arrays), [index for index, fit in enumerate(fits) if not fit]
-
-
-def preference_batch(
-    data: PreferenceBatch, batch_size: int, seed: int, step: int, rows: RowNumbers = ALL
-) -> PreferenceBatch:
-    """Batch `step` of the endless stream of rows, in which every epoch is a fresh permutation of them all.
-
-    Args:
-        data: NumPy arrays of M rows.
-        batch_size: B.
-        seed: which stream.
-        step: which batch of it; none needs the ones before it.
-        rows: those of the batch that are wanted.
-
-    Raises:
-        InputError: M < B.
-    """
-    chosen = shuffled_rows(len(data.prompts), batch_size, seed, step, "judged rows")[rows]
-    return jax.tree.map(lambda x: x[chosen], data)
+    return PreferenceBatch(**arrays), [index for index, tokens in enumerate(needed) if tokens > context]
 
 
 def padded_batches(data: PreferenceBatch, batch_size: int) -> Iterator[PreferenceBatch]:
@@ -224,10 +205,10 @@ def padded_batches(data: PreferenceBatch, batch_size: int) -> Iterator[Preferenc
         yield batch
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Judged], name: str) -> list[np.ndarray]:
-    texts = [row.prompt for row in rows] if name == "prompt" else [text for row in rows for text in row.completions]
+def _encoded(
+    encode: Callable[..., list[np.ndarray]], tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> list[np.ndarray]:
     distinct = list(dict.fromkeys(texts))  # a text may stand in many pairs
-    encode = encode_openings if name == "prompt" else encode_texts
     encoded = dict(zip(distinct, encode(tokenizer, distinct), strict=True))
     return [encoded[text] for text in texts]
 
@@ -239,13 +220,6 @@ def _padded(rows: Sequence[np.ndarray], fill: int) -> tuple[np.ndarray, np.ndarr
     tokens = np.full(mask.shape, fill, np.int32)
     tokens[mask] = np.concatenate(rows)
     return tokens, mask
-
-
-def _some(read: Read, path: str | os.PathLike[str]) -> Read:
-    if not read.rows:
-        why = f"; the first of {len(read.broken)}: {read.broken[0]}" if read.broken else ""
-        raise InputError(f"{path} has no row that can be used{why}")
-    return read
 
 
 def _kind(values: Mapping[str, Any]) -> str:
@@ -264,8 +238,8 @@ def _pair(values: Mapping[str, Any], render: Render) -> Judged:
     if completions[0] == completions[1]:
         raise BrokenRow('has the same text under "chosen" and "rejected"')
     preference = _number(values, "preference", 1.0, 0.0, 1.0)
-    margin = _number(values, "margin", 0.0, 0.0)
-    return Judged(prompt, completions, (preference, 1 - preference), margin, _gap(values), _numbers(values, 0.0, 1.0))
+    margin, raters = _number(values, "margin", 0.0, 0.0), _numbers(values, "raters", 0.0, 1.0)
+    return Judged(prompt, completions, (preference, 1 - preference), margin, _gap(values), raters)
 
 
 def _ranking(values: Mapping[str, Any], render: Render) -> Judged:
@@ -274,15 +248,15 @@ def _ranking(values: Mapping[str, Any], render: Render) -> Judged:
         raise BrokenRow('has no list of at least 2 under "completions"')
     name = "ranks" if values.get("scores") is None else "scores"
     sign = -1.0 if name == "ranks" else 1.0
-    labels = tuple(sign * number for number in _numbers(values, name=name))
+    labels = tuple(sign * number for number in _numbers(values, name))
     if len(labels) != len(candidates):
         raise BrokenRow(f'has {len(candidates)} completions and {len(labels)} numbers under "{name}"')
     named = {f"completions, number {number}": candidate for number, candidate in enumerate(candidates, start=1)}
     prompt, completions = read_completions(values, named, render)
     if len(labels) == 2:
-        first = (1 + math.copysign(1, labels[0] - labels[1])) / 2 if labels[0] != labels[1] else 0.5
         if completions[0] == completions[1]:
             raise BrokenRow("has the same text in both completions")
+        first = (1 + float(np.sign(labels[0] - labels[1]))) / 2
         labels = (first, 1 - first)
     return Judged(prompt, completions, labels, gap=_gap(values))
 
@@ -293,25 +267,25 @@ def _rating(values: Mapping[str, Any], render: Render) -> Judged:
     if values.get("rating") is None and not isinstance(label, bool):
         raise BrokenRow(f'has {label!r} under "label", which is neither true nor false')
     rating = _number(values, "rating", float(label or 0))
-    return Judged(prompt, completions, (rating,), gap=_gap(values), raters=_numbers(values))
+    return Judged(prompt, completions, (rating,), gap=_gap(values), raters=_numbers(values, "raters"))
 
 
 _READERS = {"pair": _pair, "ranking": _ranking, "rating": _rating}
 
 
 def _gap(values: Mapping[str, Any]) -> float | None:
-    return None if values.get("gap") is None else _number(values, "gap", least=0.0)
+    return None if values.get("gap") is None else _number(values, "gap", 0.0, least=0.0)
 
 
 def _number(
-    values: Mapping[str, Any], name: str, default: float = 0.0, least: float = -math.inf, most: float = math.inf
+    values: Mapping[str, Any], name: str, default: float, least: float = -math.inf, most: float = math.inf
 ) -> float:
     value = values.get(name)
     return default if value is None else _checked(value, name, least, most)
 
 
 def _numbers(
-    values: Mapping[str, Any], least: float = -math.inf, most: float = math.inf, name: str = "raters"
+    values: Mapping[str, Any], name: str, least: float = -math.inf, most: float = math.inf
 ) -> tuple[float, ...]:
     value = values.get(name)
     if value is None:
@@ -331,12 +305,9 @@ def _checked(value: object, name: str, least: float, most: float) -> float:
     if not abs(number) <= LARGEST:
         raise BrokenRow(f'has a number under "{name}" that is not finite')
     if not least <= number <= most:
-        raise BrokenRow(f'has {number:g} under "{name}"; it must be {_range(least, most)}')
+        wanted = f"at least {least:g}" if math.isinf(most) else f"from {least:g} to {most:g}"
+        raise BrokenRow(f'has {number:g} under "{name}"; it must be {wanted}')
     return number
-
-
-def _range(least: float, most: float) -> str:
-    return f"at least {least:g}" if math.isinf(most) else f"from {least:g} to {most:g}"
 
 
 def _record(row: Judged, ranking: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
 
-from rl_jax.data.conversations import BrokenRow, Render, read_prompt
+from rl_jax.data.conversations import Render, read_prompt, usable_rows
 from rl_jax.data.files import Row, read_rows, read_text
 from rl_jax.data.prompts import left_padded
 from rl_jax.data.tokenizer import encode_openings
@@ -58,23 +58,16 @@ def read_prompt_rows(path: Path, render: Render, as_chat: bool = False) -> tuple
         as_chat: whether a string is the content of a user's message.
 
     Returns:
-        The prompts, and a line on each of the rows that cannot be used: "FILE, line 7 has an empty "prompt"".
+        The prompts, and a line on each of the rows that cannot be used.
 
     Raises:
         InputError: the file cannot be read, or none of its rows can be used.
     """
-    asked, broken = [], []
-    for row in _text_rows(path) if path.suffix == ".txt" else read_rows(path):
-        try:
-            if row.broken:
-                raise BrokenRow(row.broken)
-            asked.append(Asked(*read_prompt(row.values, render, as_chat), row.values, row.place))
-        except BrokenRow as error:
-            broken.append(f"{row.place} {error}")
-    if not asked:
-        why = f"; the first of {len(broken)} rows that cannot be used: {broken[0]}" if broken else ""
-        raise InputError(f"there is no prompt in {path}{why}")
-    return asked, broken
+
+    def asked(row: Row) -> Asked:
+        return Asked(*read_prompt(row.values, render, as_chat), row.values, row.place)
+
+    return usable_rows(path, _text_rows(path) if path.suffix == ".txt" else read_rows(path), asked)
 
 
 def encode_prompt_rows(

@@ -7,7 +7,6 @@ import numpy as np
 from jax.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
 
-from rl_jax.data.batches import ALL, RowNumbers, shuffled_rows
 from rl_jax.data.files import HALF_SURROGATE, SURROGATE
 from rl_jax.data.tokenizer import encode_openings, encode_texts, leading_tokens
 from rl_jax.errors import InputError
@@ -72,29 +71,6 @@ def encode_prompts(
                 f"{completion_length} the context of {context} leaves room for {context - completion_length}"
             )
     return left_padded(rows, max(map(len, rows)), tokenizer)
-
-
-def prompt_batch(
-    prompts: np.ndarray, mask: np.ndarray, batch_size: int, seed: int, step: int, rows: RowNumbers = ALL
-) -> tuple[np.ndarray, np.ndarray]:
-    """Batch `step` of the endless stream of prompts, in which every epoch is a fresh permutation of them all.
-
-    Args:
-        prompts: int32 [M, P].
-        mask: bool [M, P].
-        batch_size: N.
-        seed: which stream.
-        step: which batch of it; none needs the ones before it.
-        rows: those of the batch that are wanted.
-
-    Returns:
-        Prompts int32 [N, P] and their mask bool [N, P], or those rows of them.
-
-    Raises:
-        InputError: M < N.
-    """
-    chosen = shuffled_rows(len(prompts), batch_size, seed, step, "prompts")[rows]
-    return prompts[chosen], mask[chosen]
 
 
 def decode_completions(

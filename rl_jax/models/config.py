@@ -6,6 +6,8 @@ from typing import Any, Literal
 from rl_jax.errors import InputError
 from rl_jax.models.rotary import RopeScaling
 
+Dtype = Literal["float32", "bfloat16"]
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
@@ -71,7 +73,7 @@ class TransformerConfig:
     rope_scaling: RopeScaling | None = None
     window_theta: float = 0.0
     norm_epsilon: float = 1e-5
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     remat: bool = False
 
     def __post_init__(self) -> None:
@@ -88,24 +90,18 @@ class TransformerConfig:
         return self.windows[layer % len(self.windows)] if self.windows else 0
 
 
-def _head_size(width: int, heads: int) -> int:
-    if heads < 1 or width % heads:
-        raise InputError(f"A width of {width} does not divide into {heads} heads.")
-    return width // heads
-
-
 def gpt2(vocab_size: int, context: int, layers: int, width: int, heads: int, **changes: Any) -> TransformerConfig:
     """GPT-2 (Radford 2019): learned positions, LayerNorm, GELU, biases, tied embeddings."""
-    settings: dict[str, Any] = {"positions": "learned", "norm": "layer", "mlp": "gelu"}
-    settings |= dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
-    size = changes.get("head_size") or _head_size(width, heads)
-    settings |= {"kv_heads": heads, "head_size": size, "mlp_width": 4 * width} | changes
-    return TransformerConfig(vocab_size, context, layers, width, heads, **settings)
+    own: dict[str, Any] = {"positions": "learned", "norm": "layer", "mlp": "gelu", "mlp_width": 4 * width}
+    own |= dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
+    return llama(vocab_size, context, layers, width, heads, **own | changes)
 
 
 def llama(vocab_size: int, context: int, layers: int, width: int, heads: int, **changes: Any) -> TransformerConfig:
     """Llama (Touvron 2023): RoPE, RMSNorm, SwiGLU of 8/3 the width, no biases, grouped-query attention on request."""
-    size = changes.get("head_size") or _head_size(width, heads)
-    settings: dict[str, Any] = {"kv_heads": heads, "head_size": size, "mlp_width": -(-8 * width // 3 // 32) * 32}
-    settings |= changes
-    return TransformerConfig(vocab_size, context, layers, width, heads, **settings)
+    own: dict[str, Any] = {"kv_heads": heads, "mlp_width": -(-8 * width // 3 // 32) * 32} | changes
+    if "head_size" not in own:
+        if heads < 1 or width % heads:
+            raise InputError(f"A width of {width} does not divide into {heads} heads.")
+        own["head_size"] = width // heads
+    return TransformerConfig(vocab_size, context, layers, width, heads, **own)

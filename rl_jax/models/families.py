@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 from rl_jax.errors import InputError
 from rl_jax.models.config import TransformerConfig, gpt2, llama
 from rl_jax.models.rope_settings import read_rope, write_rope
-from rl_jax.models.settings import Settings, positive, require, size, truth, wrong
-
-MOST = 2**31 - 1  # of heads x head size: tokens and positions are int32
+from rl_jax.models.settings import MOST, Settings, positive, require, size, truth, wrong
 
 
 class Family(NamedTuple):
@@ -58,8 +56,6 @@ def from_settings(settings: Settings) -> TransformerConfig:
         InputError: a family, an activation or a rotary scaling that the Transformer here does not have, or a setting
             that is missing, of the wrong type, or out of range.
     """
-    if not isinstance(settings, Mapping):
-        raise InputError("The model's config.json holds no JSON object; copy or train it again.")
     name = settings.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"Models of type {reprlib.repr(name)} are not supported; {', '.join(FAMILIES)} are.")
@@ -145,7 +141,7 @@ def _write_llama(config: TransformerConfig) -> dict[str, Any]:
 
 def _read_mistral(settings: Settings) -> TransformerConfig:
     require(settings, "layer_types", None)
-    return read_decoder(settings, {"windows": _window(settings, 4096)})
+    return read_decoder(settings, {"windows": _window(settings)})
 
 
 def _write_mistral(config: TransformerConfig) -> dict[str, Any]:
@@ -177,17 +173,15 @@ def _gemma(settings: Settings, logit_cap: float, attention_cap: float, period: i
     require(settings, "use_bidirectional_attention", False, None)
     layers = size(settings, "num_hidden_layers")
     types = ["full_attention" if layer % period == 0 else "sliding_attention" for layer in range(1, layers + 1)]
-    head_size = size(settings, "head_dim", 256)
-    divisor = settings.get("query_pre_attn_scalar", 256)
-    if type(divisor) not in (int, float) or not 0 < divisor < 1e38:
-        raise wrong("query_pre_attn_scalar", divisor, "a positive number")
+    positive(settings, "query_pre_attn_scalar", 256)
+    divisor = settings.get("query_pre_attn_scalar", 256)  # a whole number is written as one
     own: dict[str, Any] = {
         "norm": "rms_plus_one",
         "mlp": "geglu",
         "post_norms": True,
         "scaled_embedding": True,
-        "attention_size": 0 if divisor == head_size else divisor,
-        "windows": _layer_windows(settings, _window(settings, 4096), types),
+        "attention_size": 0 if divisor == size(settings, "head_dim", 256) else divisor,
+        "windows": _layer_windows(settings, types),
         "logit_cap": positive(settings, "final_logit_softcapping", logit_cap, null=0.0),
         "attention_cap": positive(settings, "attn_logit_softcapping", attention_cap, null=0.0),
     }
@@ -221,11 +215,11 @@ def _attention_bias(settings: Settings) -> dict[str, bool]:
     return dict.fromkeys(("qkv_bias", "out_bias"), truth(settings, "attention_bias", False))
 
 
-def _window(settings: Settings, default: int) -> tuple[int, ...]:
+def _window(settings: Settings) -> tuple[int, ...]:
     """The length of windows, () where config.json has null for it."""
     if "sliding_window" in settings and settings["sliding_window"] is None:
         return ()
-    return (size(settings, "sliding_window", default),)
+    return (size(settings, "sliding_window", 4096),)
 
 
 def _qwen_windows(settings: Settings) -> tuple[int, ...]:
@@ -233,11 +227,12 @@ def _qwen_windows(settings: Settings) -> tuple[int, ...]:
         return ()
     layers, full = size(settings, "num_hidden_layers"), size(settings, "max_window_layers", 28, least=0)
     types = ["full_attention" if layer < full else "sliding_attention" for layer in range(layers)]
-    return _layer_windows(settings, _window(settings, 4096), types)
+    return _layer_windows(settings, types)
 
 
-def _layer_windows(settings: Settings, window: tuple[int, ...], types: Sequence[str]) -> tuple[int, ...]:
+def _layer_windows(settings: Settings, types: Sequence[str]) -> tuple[int, ...]:
     """The window of each layer as the shortest tuple that repeats, from layer_types or else from `types`."""
+    window = _window(settings)
     types = types if settings.get("layer_types") is None else settings["layer_types"]
     layers = size(settings, "num_hidden_layers")
     if not isinstance(types, Sequence) or len(types) != layers:

@@ -3,11 +3,12 @@
 Weights are stored in blocks of few bits and read as float32, so that a model can be learned from here.
 """
 
+import functools
 import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -50,22 +51,12 @@ DIGIT_BY_DIGIT = ("smollm", "starcoder", "refact", "command-r")
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens
 
 
-class Gguf(NamedTuple):
-    """A GGUF file.
-
-    Attributes:
-        metadata: what it says of itself, by key.
-        settings: as of a config.json.
-        tensors: by the names that `transformers` has, each read when it is asked for. float32.
-    """
-
-    metadata: Mapping[str, Any]
-    settings: dict[str, Any]
-    tensors: Stored
-
-
-def read_gguf(path: Path) -> Gguf:
+def read_gguf(path: Path) -> tuple[dict[str, Any], Stored, Mapping[str, Any]]:
     """Open a GGUF file.
+
+    Returns:
+        Settings as of a config.json; tensors by the names that `transformers` has, float32, each read when it is asked
+        for; and what the file says of itself, by key.
 
     Raises:
         InputError: gguf is not installed, or the model is of a kind that is not supported.
@@ -88,14 +79,12 @@ def read_gguf(path: Path) -> Gguf:
     kind = settings["model_type"]
     heads = {"attn_q": settings["num_attention_heads"], "attn_k": settings["num_key_value_heads"]}
 
-    def reader_of(name: str) -> Any:
+    def read_in_order(name: str) -> np.ndarray:
         part = name.split(".")[-2]
-        if kind == "llama" and part in heads:
-            return lambda: _halves_apart(read(name), heads[part])
-        return lambda: read(name)
+        return _halves_apart(read(name), heads[part]) if kind == "llama" and part in heads else read(name)
 
-    readers = {_name(name, kind): reader_of(name) for name in stored if name != FREQUENCIES}
-    return Gguf(metadata, settings, Stored(readers))
+    readers = {_name(name, kind): functools.partial(read_in_order, name) for name in stored if name != FREQUENCIES}
+    return settings, Stored(readers), metadata
 
 
 def _settings(

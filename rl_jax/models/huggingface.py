@@ -4,29 +4,27 @@ No weights are unpickled, and no code that comes with a model runs.
 """
 
 import dataclasses
-import json
 import reprlib
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from rl_jax.errors import InputError
-from rl_jax.models.config import TransformerConfig
+from rl_jax.models.config import Dtype, TransformerConfig
 from rl_jax.models.families import from_settings, to_settings
 from rl_jax.models.gguf import gguf_tokenizer, read_gguf
 from rl_jax.models.layout import put_model
 from rl_jax.models.lora import merge_adapters
 from rl_jax.models.peft import SETTINGS, load_adapters, read_settings
 from rl_jax.models.places import find_model
-from rl_jax.models.shards import SHARD_BYTES, Stored, has_tensors, open_tensors, reading, save_tensors
+from rl_jax.models.shards import SHARD_BYTES, Stored, has_tensors, open_tensors, read_json, reading, save_tensors
 from rl_jax.models.tensors import from_tensors, to_tensors
+from rl_jax.run.folder import write_json
 from rl_jax.run.processes import is_first
 from rl_jax.run.spmd import Mesh, fetch, make_mesh
 from rl_jax.types import Array, PyTree
-
-Dtype = Literal["float32", "bfloat16"]
 
 
 class Policy(NamedTuple):
@@ -75,8 +73,8 @@ def save_policy(folder: Path, policy: Policy, shard_bytes: int = SHARD_BYTES) ->
     generation = {name: id for name, id in ids.items() if id is not None}
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(folder, tokenizer)
-    for name, values in (("config.json", settings), ("generation_config.json", generation)):
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    write_json(folder / "config.json", settings)
+    write_json(folder / "generation_config.json", generation)
     save_tensors(folder, to_tensors(params, policy.config), shard_bytes)
     return str(folder)
 
@@ -117,28 +115,17 @@ def load_policy(
         return Policy(from_tensors(tensors, config, put), config, tokenizer, eos, str(place))
 
 
-def read_model(folder: Path, dtype: Dtype = "float32", remat: bool = False) -> tuple[TransformerConfig, Stored]:
+def read_model(folder: Path, dtype: Dtype) -> tuple[TransformerConfig, Stored]:
     """The configuration and the named tensors in a model's folder, each of which is read when it is asked for.
 
     Raises:
         InputError: there is no model, one that is damaged, or one of a kind that is not supported.
     """
     _require_files(folder, "model", ("config.json",))
-    settings = _read_json(folder / "config.json")
+    settings = read_json(folder / "config.json")
     with reading(folder / "config.json"):
-        config = dataclasses.replace(from_settings(settings), dtype=dtype, remat=remat)
+        config = dataclasses.replace(from_settings(settings), dtype=dtype)
     return config, open_tensors(folder)
-
-
-def read_tokenizer(folder: Path, config: TransformerConfig) -> Any:
-    """The tokenizer in a model's folder.
-
-    Raises:
-        InputError: there is none that can be read, it cannot end a completion, or it has tokens the model does not.
-    """
-    from rl_jax.data.tokenizer import load_tokenizer  # slow to import
-
-    return check_tokenizer(load_tokenizer(folder), (), config, folder)[0]
 
 
 def check_tokenizer(
@@ -187,9 +174,9 @@ def _open_folder(folder: Path) -> tuple[Any, Stored, Any, tuple[int, ...]]:
     from rl_jax.data.tokenizer import load_tokenizer  # slow to import
 
     _require_files(folder, "policy", ("config.json", "tokenizer.json"))
-    settings, generation = _read_json(folder / "config.json"), folder / "generation_config.json"
+    settings, generation = read_json(folder / "config.json"), folder / "generation_config.json"
     values, source = settings, folder / "config.json"
-    if generation.is_file() and (said := _read_json(generation)).get("eos_token_id") is not None:
+    if generation.is_file() and (said := read_json(generation)).get("eos_token_id") is not None:
         values, source = said, generation
     with reading(source):
         eos = _ids(values.get("eos_token_id"))
@@ -199,9 +186,9 @@ def _open_folder(folder: Path) -> tuple[Any, Stored, Any, tuple[int, ...]]:
 def _open_gguf(path: Path) -> tuple[Any, Stored, Any, tuple[int, ...]]:
     """Settings, tensors, tokenizer and ids that end a completion."""
     with reading(path):
-        model = read_gguf(path)
-        ids = (model.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
-        return model.settings, model.tensors, gguf_tokenizer(model.metadata), _ids([id for id in ids if id is not None])
+        settings, tensors, metadata = read_gguf(path)
+        ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+        return settings, tensors, gguf_tokenizer(metadata), _ids([id for id in ids if id is not None])
 
 
 def _require_files(folder: Path, kind: str, names: tuple[str, ...]) -> None:
@@ -211,14 +198,6 @@ def _require_files(folder: Path, kind: str, names: tuple[str, ...]) -> None:
     if missing:
         mend = "Give the policy folder of a run." if kind == "policy" else "Copy or train it again."
         raise InputError(f"{folder} is not a {kind}: it has no {missing[0]}. {mend}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with reading(path):
-        values = json.loads(path.read_text("utf-8"))
-        if not isinstance(values, dict):
-            raise InputError("It holds no JSON object; copy or train it again.")
-        return values
 
 
 def _ids(value: Any) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import Partial
 
 from rl_jax.errors import InputError
-from rl_jax.models.config import TransformerConfig
-from rl_jax.models.transformer import init_params
+from rl_jax.models.config import Dtype, TransformerConfig
+from rl_jax.models.transformer import parameter_shapes
 from rl_jax.types import Array, PyTree
 
 ALL = "all"
@@ -44,7 +44,7 @@ class LoRA:
         """What the product of an adapter's matrices is multiplied by."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
-    def kept_in(self, dtype: Literal["float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
+    def kept_in(self, dtype: Dtype) -> Dtype:
         """What the model's own matrices are kept in: the compute dtype, where they are not trained."""
         return dtype if self.rank else "float32"
 
@@ -151,10 +151,8 @@ def merge_adapters(base: PyTree, adapters: PyTree, scale: float) -> PyTree:
 
 def adaptable_layers(config: TransformerConfig) -> dict[Layer, tuple[int, int]]:
     """The layers that can have adapters, those of the blocks, and the I and O of each."""
-    one = dataclasses.replace(config, layers=1)  # tracing takes as long as there are blocks
-    flat: dict[Layer, Any] = flatten_dict(jax.eval_shape(lambda: init_params(jax.random.key(0), one)))
-    block = {path[1:-1]: x.shape for path, x in flat.items() if path[0] == "block_0" and path[-1] == "kernel"}
-    return {(f"block_{number}", *path): shape for number in range(config.layers) for path, shape in block.items()}
+    kernels = ((path[:-1], shape) for path, shape in parameter_shapes(config) if path[-1] == "kernel")
+    return {layer: (rows, columns) for layer, (rows, columns) in kernels if layer[0].startswith("block_")}
 
 
 def _chosen(config: TransformerConfig, targets: Sequence[str]) -> dict[Layer, tuple[int, int]]:

@@ -4,7 +4,6 @@ GPT-2 has queries, keys and values in one matrix there. Adapters of n of the thr
 with rows and columns of its own.
 """
 
-import json
 import math
 import re
 import reprlib
@@ -20,14 +19,14 @@ from rl_jax.errors import InputError
 from rl_jax.models.config import TransformerConfig
 from rl_jax.models.families import family
 from rl_jax.models.lora import Layer, LoRA, adaptable_layers
-from rl_jax.models.shards import reading
-from rl_jax.models.tensors import GPT2_LAYER, LLAMA_LAYER, read_tensor
+from rl_jax.models.shards import read_json, reading
+from rl_jax.models.tensors import FUSED, GPT2_LAYER, LLAMA_LAYER, PARTS, read_tensor
+from rl_jax.run.folder import write_json
 from rl_jax.run.processes import is_first
 from rl_jax.run.spmd import fetch
 from rl_jax.types import PyTree
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FUSED, PARTS = "attn.c_attn", ("query", "key", "value")
 PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_qalora": False, "lora_bias": False}
 PLAIN |= {"modules_to_save": None, "trainable_token_indices": None, "target_parameters": None}
 PLAIN |= {"layer_replication": None, "alora_invocation_tokens": None}
@@ -72,7 +71,7 @@ def save_adapters(folder: Path, adapters: PyTree, settings: LoRA, config: Transf
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
-    (folder / SETTINGS).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+    write_json(folder / SETTINGS, about)
 
 
 def load_adapters(folder: Path, config: TransformerConfig) -> PyTree:
@@ -103,10 +102,8 @@ def read_settings(folder: Path) -> Mapping[str, Any]:
         InputError: there is none that can be read, or one of adapters that are not supported.
     """
     path = folder / SETTINGS
+    settings = read_json(path)
     with reading(path):
-        settings = json.loads(path.read_text("utf-8"))
-        if not isinstance(settings, Mapping):
-            raise InputError("It holds no JSON object; copy the file again.")
         for name, value in PLAIN.items():
             if (settings.get(name) or value) != value:
                 shown = reprlib.repr(settings[name])

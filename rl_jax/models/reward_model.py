@@ -5,9 +5,8 @@ more leading axis. Letters: K members or candidates, B sequences, P prompt lengt
 """
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -16,11 +15,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from rl_jax.errors import InputError
-from rl_jax.models.config import TransformerConfig
+from rl_jax.models.config import Dtype, TransformerConfig
 from rl_jax.models.families import FAMILIES, family, to_settings
-from rl_jax.models.huggingface import read_model, read_tokenizer, reading
+from rl_jax.models.huggingface import check_tokenizer, read_model
+from rl_jax.models.shards import read_json, reading
 from rl_jax.models.tensors import from_tensors, read_tensor, to_tensors
 from rl_jax.models.transformer import hidden_states
+from rl_jax.run.folder import write_json
 from rl_jax.run.processes import is_first
 from rl_jax.run.spmd import fetch
 from rl_jax.types import Array, PreferenceBatch, PyTree, Rollout
@@ -170,23 +171,24 @@ def save_reward_model(folder: Path, model: RewardModel) -> None:
         tensors[HEAD] = np.ascontiguousarray(np.asarray(kernel, np.float32).T)
         place = folder / f"member_{number}"
         place.mkdir(parents=True, exist_ok=True)
-        (place / "config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        write_json(place / "config.json", settings)
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
-    normalizer = {name: np.asarray(value).tolist() for name, value in params["normalizer"].items()}
-    (folder / "reward.json").write_text(json.dumps(normalizer, indent=2) + "\n", "utf-8")
+    write_json(folder / "reward.json", params["normalizer"])
 
 
-def load_reward_model(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> RewardModel:
+def load_reward_model(folder: Path, dtype: Dtype = "float32") -> RewardModel:
     """Read an ensemble that `save_reward_model` wrote.
 
     Raises:
         InputError: the folder is not a reward model, or is damaged.
     """
+    from rl_jax.data.tokenizer import load_tokenizer  # slow to import
+
     path = folder / "reward.json"
     if not path.is_file():
         raise InputError(f"{folder} is not a reward model: it has no reward.json. Give one of train_reward.py's.")
     with reading(path):
-        normalizer = _read_normalizer(json.loads(path.read_text("utf-8")))
+        normalizer = _read_normalizer(read_json(path))
     parts, configs = [], []
     for number in range(len(normalizer["mean"])):
         place = folder / f"member_{number}"
@@ -201,7 +203,8 @@ def load_reward_model(folder: Path, dtype: Literal["float32", "bfloat16"] = "flo
         if config != configs[0]:
             raise InputError(f"{place} has another config.json than {folder / 'member_0'}: copy or train it again.")
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-    return RewardModel({**params, "normalizer": normalizer}, configs[0], read_tokenizer(folder, configs[0]))
+    tokenizer, _ = check_tokenizer(load_tokenizer(folder), (), configs[0], folder)
+    return RewardModel({**params, "normalizer": normalizer}, configs[0], tokenizer)
 
 
 def _read_normalizer(values: Any) -> dict[str, Array]:

@@ -17,13 +17,10 @@ from jax.tree_util import Partial
 
 from rl_jax.models.attention import Focus, capped
 from rl_jax.models.config import TransformerConfig
-from rl_jax.models.transformer import step_states
+from rl_jax.models.transformer import Pairs, step_states
 from rl_jax.types import Array, PyTree
 
 BLOCK = 32  # columns: what attention to the filled part of a ring is rounded up to
-
-Pairs = tuple[tuple[Array, Array], ...]
-"""Keys and values of each layer."""
 
 
 class Ring(NamedTuple):

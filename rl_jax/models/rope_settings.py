@@ -21,11 +21,11 @@ def read_rope(settings: Settings, context: int) -> dict[str, Any]:
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise wrong("rope_parameters", rope, "an object")
-    if settings.get("model_type") != GEMMA3 and "full_attention" not in rope:
+    if settings.get("model_type") != GEMMA3:
+        if "full_attention" in rope:
+            raise InputError("Frequencies of their own for each type of layer are supported for gemma3_text alone.")
         theta = positive(rope if "rope_theta" in rope else settings, "rope_theta", 10_000.0)
         return {"rope_theta": theta, "rope_scaling": _scaling(rope, settings, context)}
-    if settings.get("model_type") != GEMMA3:
-        raise InputError("Frequencies of their own for each type of layer are supported for gemma3_text alone.")
     full, sliding = rope, {}
     if "full_attention" in rope or "sliding_attention" in rope:
         full, sliding = (rope.get(f"{kind}_attention") or {} for kind in ("full", "sliding"))
@@ -33,8 +33,7 @@ def read_rope(settings: Settings, context: int) -> dict[str, Any]:
         raise wrong("rope_parameters", rope, "an object of objects")
     require(sliding, "rope_type", "default")
     theta = positive(full if "rope_theta" in full else settings, "rope_theta", 1_000_000.0)
-    local = positive(settings, "rope_local_base_freq", 10_000.0)
-    local = positive(sliding, "rope_theta", local)
+    local = positive(sliding, "rope_theta", positive(settings, "rope_local_base_freq", 10_000.0))
     return {"rope_theta": theta, "rope_scaling": _scaling(full, settings, context), "window_theta": local}
 
 

@@ -4,12 +4,14 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rl_jax.errors import InputError
+from rl_jax.run.folder import write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -99,11 +101,19 @@ def save_tensors(folder: Path, tensors: Mapping[str, np.ndarray], shard_bytes: i
         stale.discard(folder / file)
     if len(shards) > 1:
         total = sum(value.nbytes for value in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
         stale.discard(folder / INDEX)
     for path in stale:  # of a model that was saved here before
         path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; InputError where it holds none."""
+    with reading(path):
+        values = json.loads(path.read_text("utf-8"))
+        if not isinstance(values, dict):
+            raise InputError("It holds no JSON object; copy or train it again.")
+        return values
 
 
 @contextlib.contextmanager

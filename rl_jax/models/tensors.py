@@ -1,10 +1,7 @@
 """Parameters, and the named tensors that `transformers` has in their place."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -12,7 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rl_jax.errors import InputError
 from rl_jax.models.config import TransformerConfig
 from rl_jax.models.families import family
-from rl_jax.models.transformer import init_params
+from rl_jax.models.transformer import parameter_shapes
 from rl_jax.types import Array, PyTree
 
 # Our path in a block -> the name in a layer there. Kernels are [in, out] here and in GPT-2, [out, in] in Llama.
@@ -23,6 +20,7 @@ GPT2_LAYER = {
     "mlp/up": "mlp.c_fc",
     "mlp/down": "mlp.c_proj",
 }
+FUSED, PARTS = "attn.c_attn", ("query", "key", "value")  # GPT-2's one matrix of three
 GPT2_REST = {"embedding": "wte", "position_embedding": "wpe", "final_norm": "ln_f"}
 LLAMA_LAYER = {
     "attention_norm": "input_layernorm",
@@ -55,16 +53,6 @@ def _name(module: str, kind: str) -> str | None:
     return f"{prefix}.{block.removeprefix('block_')}.{layer_names[part]}" if part in layer_names else None
 
 
-def _parameters(config: TransformerConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Path and shape of each parameter; one layer after another, since a config.json can ask for any number of them."""
-    one = dataclasses.replace(config, layers=1)
-    leaves: dict[str, Any] = flatten_dict(jax.eval_shape(lambda: init_params(jax.random.key(0), one)), sep="/")
-    block = {path.removeprefix("block_0/"): x.shape for path, x in leaves.items() if path.startswith("block_0/")}
-    yield from ((path, x.shape) for path, x in leaves.items() if not path.startswith("block_0/"))
-    for layer in range(config.layers):
-        yield from ((f"block_{layer}/{path}", shape) for path, shape in block.items())
-
-
 def to_tensors(params: PyTree, config: TransformerConfig) -> dict[str, np.ndarray]:
     """Parameters as named tensors of `transformers`, float32."""
     flat = {path: np.asarray(x, np.float32) for path, x in flatten_dict(params, sep="/").items()}
@@ -79,8 +67,8 @@ def to_tensors(params: PyTree, config: TransformerConfig) -> dict[str, np.ndarra
     if is_gpt2:
         for layer in range(config.layers):
             for leaf, name in (("kernel", "weight"), ("bias", "bias")):
-                fused = [flat[f"block_{layer}/attention/{part}/{leaf}"] for part in ("query", "key", "value")]
-                tensors[f"h.{layer}.attn.c_attn.{name}"] = np.concatenate(fused, axis=-1)
+                fused = [flat[f"block_{layer}/attention/{part}/{leaf}"] for part in PARTS]
+                tensors[f"h.{layer}.{FUSED}.{name}"] = np.concatenate(fused, axis=-1)
     return tensors
 
 
@@ -103,12 +91,13 @@ def from_tensors(
     kind = family(config)
     is_gpt2 = kind == "gpt2"
     flat = {}
-    for path, wanted in _parameters(config):
+    for names, wanted in parameter_shapes(config):
+        path = "/".join(names)
         module, leaf = path.rsplit("/", 1)
         suffix = "bias" if leaf == "bias" else "weight"
         block, _, part = module.partition("/attention/")
-        fused = is_gpt2 and part in ("query", "key", "value")
-        name = f"h.{block.removeprefix('block_')}.attn.c_attn" if fused else _name(module, kind)
+        fused = is_gpt2 and part in PARTS
+        name = f"h.{block.removeprefix('block_')}.{FUSED}" if fused else _name(module, kind)
         name = f"{name}.{suffix}"
         stored = name if name in tensors else f"transformer.{name}"
         if stored not in tensors:
@@ -119,7 +108,7 @@ def from_tensors(
         shape = shape[::-1] if leaf == "kernel" and not is_gpt2 else shape
         value = read_tensor(name, tensors[stored], shape)
         if fused:
-            value = np.split(value, 3, axis=-1)[("query", "key", "value").index(part)]
+            value = np.split(value, 3, axis=-1)[PARTS.index(part)]
         value = value.T if leaf == "kernel" and not is_gpt2 else value
         flat[path] = place(path, value)
     return unflatten_dict(flat, sep="/")

@@ -5,18 +5,20 @@ functions at the end of this file. Letters: B sequences, S new tokens, T columns
 J key-value heads, K head size, V vocabulary.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax.tree_util import Partial
 
 from rl_jax.models.attention import Focus, attend, capped
-from rl_jax.models.config import TransformerConfig, gpt2, llama  # noqa: F401 (for the modules above)
+from rl_jax.models.config import Dtype, TransformerConfig
 from rl_jax.models.dense import project
 from rl_jax.models.rotary import rotate
 from rl_jax.run.spmd import laid_as_batch, laid_whole, traced_once
@@ -25,17 +27,19 @@ from rl_jax.types import Array, PyTree
 INIT_STD = 0.02  # GPT-2's; residual projections divide it by sqrt(2 layers)
 
 
+Pairs = tuple[tuple[Array, Array], ...]
+"""Keys, which are rotated, and values of each layer."""
+
+
 class Cache(NamedTuple):
     """What decoding remembers. Column t of every array is token t of the padded sequence.
 
     Attributes:
-        keys: for each layer, rotated keys. [B, J, T, K].
-        values: for each layer. [B, J, T, K].
+        pairs: [B, J, T, K].
         mask: false on the padding of prompts; columns not yet written are true, and hidden by causality. [B, T].
     """
 
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
+    pairs: Pairs
     mask: Array
 
 
@@ -44,7 +48,7 @@ class Dense(nn.Module):
 
     features: int
     bias: bool
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Dtype
     std: float
 
     @nn.compact
@@ -100,14 +104,15 @@ def _look_around(
     return attend(query, key, value, mask, focus.cap), (key, value)
 
 
-def _look_back(
+def look_back(
     keys: Array, values: Array, mask: Array, index: Array, query: Array, key: Array, value: Array, focus: Focus
 ) -> tuple[Array, tuple[Array, Array]]:
-    """At a cache [B, J, T, K], where the mask [B, 1, T] is true, once they are written to its column `index`."""
+    """At a cache [B, J, T, K], where the mask [B, S, T] is true, once they are written to its columns from `index`."""
     keys = jax.lax.dynamic_update_slice_in_dim(keys, key, index, axis=2)
     values = jax.lax.dynamic_update_slice_in_dim(values, value, index, axis=2)
     if focus.window:
-        mask = mask & (jnp.arange(mask.shape[2]) > index - focus.window)[None, None, :]
+        first = index + jnp.arange(mask.shape[1]) - focus.window
+        mask = mask & (jnp.arange(mask.shape[2])[None, :] > first[:, None])[None, :, :]
     return attend(query, keys, values, mask, focus.cap), (keys, values)
 
 
@@ -209,9 +214,6 @@ class Transformer(nn.Module):
 
     def unembed(self, states: Array) -> Array:
         """Logits [..., V] of states [..., D], float32."""
-        return capped(self._products(states), self.config.logit_cap)
-
-    def _products(self, states: Array) -> Array:
         c = self.config
         kernel = self.embedding.embedding if c.tied else self.output.variables["params"]["kernel"]
         kernel = kernel.astype(c.dtype)
@@ -219,9 +221,9 @@ class Transformer(nn.Module):
             # A state for each sequence, as in decoding. This way round a CPU reads the embedding as it lies, twice as
             # fast for a few states; the barrier keeps XLA from turning the product round again.
             scores = jnp.einsum("vd,bd->vb", kernel, states, preferred_element_type=jnp.float32)
-            return jax.lax.optimization_barrier(scores).T
+            return capped(jax.lax.optimization_barrier(scores).T, c.logit_cap)
         equation = "...d,vd->...v" if c.tied else "...d,dv->...v"
-        return jnp.einsum(equation, states, kernel, preferred_element_type=jnp.float32)
+        return capped(jnp.einsum(equation, states, kernel, preferred_element_type=jnp.float32), c.logit_cap)
 
 
 def init_params(key: Array, config: TransformerConfig) -> PyTree:
@@ -229,6 +231,15 @@ def init_params(key: Array, config: TransformerConfig) -> PyTree:
     tokens = jnp.zeros((1, 1), jnp.int32)
     looks = [Partial(_look_around, jnp.ones((1, 1, 1), bool), tokens)] * config.layers
     return Transformer(config).init(key, tokens, tokens, looks)["params"]
+
+
+def parameter_shapes(config: TransformerConfig) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Path and shape of each parameter, one layer after another, since a config.json can ask for any number of them."""
+    one = dataclasses.replace(config, layers=1)  # tracing takes as long as there are blocks
+    flat: dict[tuple[str, ...], Any] = flatten_dict(jax.eval_shape(lambda: init_params(jax.random.key(0), one)))
+    yield from ((path, x.shape) for path, x in flat.items() if path[0] != "block_0")
+    for layer in range(config.layers):
+        yield from (((f"block_{layer}", *path[1:]), x.shape) for path, x in flat.items() if path[0] == "block_0")
 
 
 def token_positions(mask: Array) -> Array:
@@ -313,8 +324,7 @@ def prefill(params: PyTree, tokens: Array, mask: Array, config: TransformerConfi
     room = columns - tokens.shape[1]
     states, kept = _read(params, config, tokens, mask)
     grown = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))), kept)
-    keys, values = zip(*grown, strict=True)
-    return states[:, -1], Cache(keys, values, jnp.pad(mask, ((0, 0), (0, room)), constant_values=True))
+    return states[:, -1], Cache(grown, jnp.pad(mask, ((0, 0), (0, room)), constant_values=True))
 
 
 def decode_step(
@@ -334,11 +344,9 @@ def decode_step(
     """
     seen = cache.mask & (jnp.arange(cache.mask.shape[1]) <= index)[None, :]
     positions = jnp.sum(seen, axis=1, dtype=jnp.int32) - 1
-    pairs = zip(cache.keys, cache.values, strict=True)
-    looks = [Partial(_look_back, keys, values, seen[:, None, :], index) for keys, values in pairs]
-    states, kept = step_states(params, tokens, positions, looks, config)
-    keys, values = zip(*kept, strict=True)
-    return states, Cache(keys, values, cache.mask)
+    looks = [Partial(look_back, keys, values, seen[:, None, :], index) for keys, values in cache.pairs]
+    states, pairs = step_states(params, tokens, positions, looks, config)
+    return states, cache._replace(pairs=pairs)
 
 
 @functools.partial(traced_once, static=("config",))

@@ -85,11 +85,8 @@ def reliability(rewards: np.ndarray, labels: np.ndarray, bins: int = 10) -> list
     first, second = labels.T
     observed = np.where(difference > 0, first, np.where(difference < 0, second, 0.5))
     number = np.minimum((2 * bins * (confidence - 0.5)).astype(int), bins - 1)
-    rows = []
-    for chosen in (number == n for n in range(bins)):
-        if chosen.any():
-            rows.append({"confidence": float(confidence[chosen].mean()), **_row(observed[chosen], "observed")})
-    return rows
+    chosen = [number == n for n in range(bins)]
+    return [{"confidence": float(confidence[c].mean()), **_row(observed[c], "observed")} for c in chosen if c.any()]
 
 
 def expected_calibration_error(rows: list[dict[str, float]]) -> float:
@@ -201,7 +198,7 @@ def ranking_diagnostics(rewards: np.ndarray, labels: np.ndarray, mask: np.ndarra
     pairs = [(r[m], x[m]) for r, x, m in zip(np.asarray(rewards), np.asarray(labels), np.asarray(mask), strict=True)]
     pairs = [(r, x) for r, x in pairs if len(np.unique(x)) > 1]
     taus = np.array([kendalltau(r, x).statistic if len(np.unique(r)) > 1 else 0.0 for r, x in pairs])
-    tau = mean_interval(taus[:, None]) if len(taus) else Estimate(math.nan, -1.0, 1.0)
+    tau = mean_interval(taus) if len(taus) else Estimate(math.nan, -1.0, 1.0)
     return {
         "kendall_tau": tau.value,
         "kendall_tau_interval": [max(tau.low, -1.0), min(tau.high, 1.0)],

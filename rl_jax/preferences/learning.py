@@ -13,11 +13,10 @@ from jax.tree_util import Partial
 
 from rl_jax.learner import apply_gradients, init_state
 from rl_jax.masked import masked_mean
-from rl_jax.microbatch import sum_over_microbatches
+from rl_jax.microbatch import SumParts, sum_over_whole
 from rl_jax.models.config import TransformerConfig
 from rl_jax.models.lora import WholeFn, itself
 from rl_jax.models.reward_model import candidate_rewards
-from rl_jax.pretraining import SumMicrobatches
 from rl_jax.types import Array, Metrics, PreferenceBatch, PyTree, TrainState
 
 JudgedLoss = Callable[[Array, PreferenceBatch], Array]
@@ -29,8 +28,7 @@ def reward_gradient(
     batch: PreferenceBatch,
     config: TransformerConfig,
     loss_fn: JudgedLoss,
-    microbatches: int = 1,
-    sum_parts: SumMicrobatches = sum_over_microbatches,
+    sum_parts: SumParts = sum_over_whole,
     whole: WholeFn = itself,
 ) -> tuple[PyTree, Metrics]:
     """Gradient of the mean loss of a batch's prompts, for one member.
@@ -40,8 +38,7 @@ def reward_gradient(
         batch: B prompts with K candidates each.
         config: the member's configuration.
         loss_fn: what it learns by; see `rl_jax.preferences.losses`.
-        microbatches: parts that the batch is worked through in.
-        sum_parts: how these are added up.
+        sum_parts: how the gradient is accumulated over parts of the batch.
         whole: what is trained of a member -> its parameters.
 
     Returns:
@@ -59,7 +56,7 @@ def reward_gradient(
         grads, (loss, rewards) = jax.grad(loss_of, has_aux=True)(params, whole, part)
         return (grads, loss), rewards
 
-    (grads, loss), rewards = sum_parts(Partial(gradient, params, whole), batch, microbatches)
+    (grads, loss), rewards = sum_parts(Partial(gradient, params, whole), batch)
     metrics = {"loss": loss}
     if batch.labels.shape[1] > 1:
         metrics["accuracy"] = concordance(rewards, batch.labels, jnp.any(batch.completion_mask, axis=2))
@@ -94,8 +91,7 @@ def ensemble_update(
     config: TransformerConfig,
     loss_fn: JudgedLoss,
     optimizer: optax.GradientTransformation,
-    microbatches: int = 1,
-    sum_parts: SumMicrobatches = sum_over_microbatches,
+    sum_parts: SumParts = sum_over_whole,
     whole: WholeFn = itself,
 ) -> tuple[TrainState, Metrics]:
     """One update of every member of an ensemble, each from its own batch.
@@ -106,9 +102,7 @@ def ensemble_update(
         config: the members' configuration.
         loss_fn: what they learn by.
         optimizer: the transformation whose state `state` holds.
-        microbatches: parts that each gradient is accumulated over.
-        sum_parts: how these are added up.
-        whole: what is trained of a member -> its parameters.
+        sum_parts: as for `reward_gradient`, and so is whole.
 
     Returns:
         The state after, and the metrics of `reward_gradient` and `apply_gradients`, their means over members (of
@@ -116,7 +110,7 @@ def ensemble_update(
     """
 
     def member(params: PyTree, opt_state: PyTree, part: PreferenceBatch) -> tuple[PyTree, PyTree, Array, Metrics]:
-        grads, metrics = reward_gradient(params, part, config, loss_fn, microbatches, sum_parts, whole)
+        grads, metrics = reward_gradient(params, part, config, loss_fn, sum_parts, whole)
         after, applied = apply_gradients(
             dataclasses.replace(state, params=params, opt_state=opt_state), grads, optimizer
         )

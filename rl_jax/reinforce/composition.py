@@ -144,15 +144,15 @@ _SETTINGS = [
 def with_options(name: str, estimator: Estimator, options: dict[str, Any]) -> Estimator:
     """The estimator with new values of its settings: its fields, and the options of its functions.
 
-    Args:
-        name: what the estimator is called in errors.
-        estimator: as it was.
-        options: the new values.
-
     Raises:
-        InputError: an option that would do nothing, or a value that cannot work.
+        InputError: an option that would do nothing, or a value that cannot work; it has the estimator's name.
     """
-    changed = _replace(estimator, options)
+    changes = {option: value for option, value in options.items() if option in _SETTINGS}
+    for part in ("advantages", "loss"):
+        fn = getattr(estimator, part)
+        if rebound := {option: value for option, value in options.items() if option in _bound(fn)}:
+            changes[part] = partial(fn, **rebound)
+    changed = dataclasses.replace(estimator, **changes)
     for option in options:
         if option not in changed.options:
             raise InputError(f"{option} has no effect for {name}, whose options are {', '.join(changed.options)}.")
@@ -218,20 +218,6 @@ def _bound(fn: Callable[..., Any]) -> dict[str, Any]:
     return fn.keywords if isinstance(fn, partial) else {}
 
 
-def _unbound(fn: Callable[..., Any]) -> Callable[..., Any]:
-    return fn.func if isinstance(fn, partial) else fn
-
-
-def _replace(estimator: Estimator, options: dict[str, Any]) -> Estimator:
-    """The estimator with its fields and the options of its functions set anew; other options are passed over."""
-    changes = {name: value for name, value in options.items() if name in _SETTINGS}
-    for part in ("advantages", "loss"):
-        fn = getattr(estimator, part)
-        if rebound := {name: value for name, value in options.items() if name in _bound(fn)}:
-            changes[part] = partial(fn, **rebound)
-    return dataclasses.replace(estimator, **changes)
-
-
 def _check(name: str, estimator: Estimator) -> None:
     """Raise InputError for values that cannot work."""
     for option, value in estimator.options.items():
@@ -258,7 +244,8 @@ def _check(name: str, estimator: Estimator) -> None:
         raise InputError(
             "kl_coefficient is 0, which no factor steers to a kl_target; give a positive one to start from."
         )
-    fitted = _unbound(estimator.advantages) in FITTED and not estimator.whiten_advantages
+    advantages = getattr(estimator.advantages, "func", estimator.advantages)  # of a partial, what it binds
+    fitted = advantages in FITTED and not estimator.whiten_advantages
     if estimator.updates > 1 and estimator.loss is reinforce_loss and not fitted:
         raise InputError(
             f"{name} takes one update from a batch: its loss has no importance ratio, and after the first update the "

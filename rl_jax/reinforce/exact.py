@@ -249,25 +249,6 @@ def draw_groups(key: Array, enumerated: Rollout, token_logprobs: Array, prompts:
     return pick_completions(enumerated, token_logprobs, first + chosen)
 
 
-def every_group(enumerated: Rollout, token_logprobs: Array, group_size: int) -> tuple[Array, Array]:
-    """Every group of completions of one prompt that there is, in order, and its log-probability.
-
-    Args:
-        enumerated: from `enumerated_rollout`, of one prompt.
-        token_logprobs: of its tokens under the policy that samples. [K, C].
-        group_size: G.
-
-    Returns:
-        Rows of `enumerated`, int32 [M, G], and log-probabilities [M]; M = K^G.
-
-    Raises:
-        InputError: M is above 100,000.
-    """
-    logprobs = sequence_logprobs(token_logprobs, enumerated.completion_mask, 1)[0]
-    index = _every_index(len(logprobs), group_size)
-    return index, jnp.sum(logprobs[index], axis=1)
-
-
 def check_groups(completions: int, group_size: int) -> None:
     """Raise InputError where groups of G of these completions, in number K, are more than 100,000, or G is below 1."""
     if group_size < 1 or completions**group_size > MOST_GROUPS:
@@ -297,17 +278,22 @@ def expected_gradient(
     Raises:
         InputError: K^G is above 100,000.
     """
-    index, logprobs = every_group(enumerated, token_logprobs, group_size)
+    logprobs = sequence_logprobs(token_logprobs, enumerated.completion_mask, 1)[0]
+    index = _every_group(len(logprobs), group_size)
     chunk = min(CHUNK, len(index))
     padding = -len(index) % chunk
     # The padding repeats the first group, with no weight.
+    weights = jnp.pad(jnp.exp(jnp.sum(logprobs[index], axis=1)), (0, padding)).reshape(-1, chunk)
     index = jnp.pad(index, ((0, padding), (0, 0))).reshape(-1, chunk, group_size)
-    weights = jnp.pad(jnp.exp(logprobs), (0, padding)).reshape(-1, chunk)
 
     def weighted(index: Array, weights: Array) -> PyTree:
+        def mean(x: Array) -> Array:
+            # A group that cannot be sampled may have a ratio or a gradient that is not finite.
+            sampled = weights.reshape(-1, *[1] * (x.ndim - 1)) > 0
+            return jnp.tensordot(weights, jnp.where(sampled, x, jnp.zeros((), x.dtype)), axes=1)
+
         values = jax.vmap(lambda rows: gradient_fn(pick_completions(enumerated, token_logprobs, rows)))(index)
-        # A group that cannot be sampled may have a ratio or a gradient that is not finite.
-        return jax.tree.map(lambda x: jnp.tensordot(weights, _where_sampled(weights, x), axes=1), values)
+        return jax.tree.map(mean, values)
 
     def add(total: PyTree, part: tuple[Array, Array]) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, weighted(*part)), None
@@ -338,25 +324,20 @@ def expected_advantages(
     """
     chex.assert_rank([logprobs, rewards], 1)
     chex.assert_equal_shape([logprobs, rewards])
-    index = _every_index(len(logprobs), group_size)
+    index = _every_group(len(logprobs), group_size)
     advantages = jax.vmap(advantage_fn)(rewards[index])
     probabilities = jnp.exp(logprobs)[index][:, None, :]
     others = jnp.prod(jnp.where(jnp.eye(group_size, dtype=bool)[None], 1.0, probabilities), axis=-1)
     return jax.ops.segment_sum((others * advantages).reshape(-1), index.reshape(-1), len(logprobs)) / group_size
 
 
-def _every_index(count: int, group_size: int) -> Array:
-    """Every row of `group_size` numbers below `count`, in lexicographic order. int32 [count^group_size, group_size]."""
-    check_groups(count, group_size)
-    places = count ** np.arange(group_size, dtype=np.int32)[None, ::-1]
-    return jnp.arange(count**group_size, dtype=jnp.int32)[:, None] // places % count
+def _every_group(completions: int, group_size: int) -> Array:
+    """Every group of G of the numbers below K, in lexicographic order. int32 [M, G]."""
+    check_groups(completions, group_size)
+    places = completions ** np.arange(group_size, dtype=np.int32)[None, ::-1]
+    return jnp.arange(completions**group_size, dtype=jnp.int32)[:, None] // places % completions
 
 
 def _if_possible(logprobs: Array, values: Array, other: float = 0.0) -> Array:
     """`values` where the probability is above zero, and `other`, with no gradient, where it is not."""
     return jnp.where(jnp.exp(logprobs) > 0, values, other)
-
-
-def _where_sampled(weights: Array, values: Array) -> Array:
-    """`values` [chunk, ...] of groups that have a weight [chunk], zero for the others."""
-    return jnp.where(weights.reshape(-1, *[1] * (values.ndim - 1)) > 0, values, jnp.zeros((), values.dtype))

@@ -2,7 +2,8 @@
 
 Every loss is a sum of weights times token terms, so the losses (and gradients) of the parts of a batch add up to
 that of the whole. Each returns the loss [], whose value has no meaning of its own, and which tokens were clipped, bool
-[B, C]: those whose gradient it cut off or shrank.
+[B, C]: those whose gradient it cut off or shrank. What losses take is described once, at `reinforce_loss` and
+`ppo_clip_loss`.
 """
 
 from typing import Literal
@@ -76,10 +77,10 @@ def ppo_clip_loss(
     two ways: the ratio is that of one token, not of those that led to it, and clipped tokens are left out.
 
     Args:
-        logprobs: [B, C].
+        logprobs: as in `reinforce_loss`. [B, C].
         behavior_logprobs: of the same tokens under the policy that sampled them. [B, C].
-        advantages: [B] or [B, C].
-        weights: [B, C].
+        advantages: as in `reinforce_loss`. [B] or [B, C].
+        weights: as in `reinforce_loss`. [B, C].
         clip_low: how far below 1 a ratio counts where the advantage is negative.
         clip_high: how far above 1 it counts where the advantage is positive (asymmetric in DAPO, Yu 2025, eq. 10).
     """
@@ -99,14 +100,7 @@ def dual_clip_loss(
 ) -> Loss:
     """PPO's clip, with a bound for negative advantages too (Ye 2020, eq. 5): the loss is at most dual_clip * |A|.
 
-    Args:
-        logprobs: [B, C].
-        behavior_logprobs: [B, C].
-        advantages: [B] or [B, C].
-        weights: [B, C].
-        clip_low: as in `ppo_clip_loss`.
-        clip_high: as in `ppo_clip_loss`.
-        dual_clip: the largest ratio that counts where the advantage is negative; above 1.
+    dual_clip is the largest ratio that counts where the advantage is negative; above 1.
     """
     advantages = _by_token(advantages, logprobs, weights)
     ratio = jnp.exp(_log_ratio(logprobs, behavior_logprobs, weights))
@@ -128,15 +122,7 @@ def sequence_clip_loss(
 
     With weights by "sequence" it is the paper's mean over completions. At ratio 1 its gradient is that of
     `reinforce_loss` under the same weights: biased for E[r] by the division by length. The geometric mean is no
-    importance ratio, so away from there it is biased whatever the weights.
-
-    Args:
-        logprobs: [B, C].
-        behavior_logprobs: [B, C].
-        advantages: one for each completion. [B].
-        weights: [B, C].
-        clip_low: as in `ppo_clip_loss`; the paper takes 3e-4.
-        clip_high: as in `ppo_clip_loss`; the paper takes 4e-4.
+    importance ratio, so away from there it is biased whatever the weights. The paper clips at 3e-4 and 4e-4.
     """
     by_token = _by_token(advantages, logprobs, weights)
     log_ratio = masked_mean(_log_ratio(logprobs, behavior_logprobs, weights), weights > 0, axis=1)
@@ -152,13 +138,6 @@ def token_importance_loss(
     Truncated importance sampling (Ionides 2008; V-trace, Espeholt 2018, eq. 1). Every token keeps a gradient, which
     is what CISPO (MiniMax 2025, eq. 4) is about. Biased off policy: the ratios of the tokens before are left out, and
     the cap shrinks large ones.
-
-    Args:
-        logprobs: [B, C].
-        behavior_logprobs: [B, C].
-        advantages: [B] or [B, C].
-        weights: [B, C].
-        ratio_cap: the largest ratio.
     """
     advantages = _by_token(advantages, logprobs, weights)
     ratio = jnp.exp(_log_ratio(jax.lax.stop_gradient(logprobs), behavior_logprobs, weights))
@@ -173,13 +152,6 @@ def sequence_importance_loss(
 
     Unbiased off policy with an infinite cap, weights by "completion" and unbiased advantages; its variance grows
     exponentially with the length, which the cap trades for a bias.
-
-    Args:
-        logprobs: [B, C].
-        behavior_logprobs: [B, C].
-        advantages: [B] or [B, C].
-        weights: [B, C].
-        ratio_cap: the largest ratio.
     """
     advantages = _by_token(advantages, logprobs, weights)
     log_ratio = _log_ratio(jax.lax.stop_gradient(logprobs), behavior_logprobs, weights)

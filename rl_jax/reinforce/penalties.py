@@ -80,14 +80,7 @@ def kl_penalised_rewards(rewards: Array, kl: Array, mask: Array, coefficient: fl
 def token_rewards(rewards: Array, kl: Array, mask: Array, coefficient: float | Array) -> Array:
     """`kl_penalised_rewards` token by token: the reward on the last real token, the divergence on each (Ziegler 2019).
 
-    Args:
-        rewards: [B].
-        kl: an estimate for each token, nats. [B, C].
-        mask: true on completion tokens. bool [B, C].
-        coefficient: reward units a nat.
-
-    Returns:
-        [B, C], 0 where masked.
+    [B], [B, C], bool [B, C], [] -> [B, C], 0 where masked.
     """
     chex.assert_rank([rewards, kl, mask], [1, 2, 2])
     last = jnp.arange(mask.shape[1])[None, :] == jnp.sum(mask, axis=1, keepdims=True) - 1

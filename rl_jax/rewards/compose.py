@@ -10,7 +10,7 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple
@@ -135,8 +135,7 @@ def make_reward(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, model:
             another vocabulary, or a function of the user's cannot be imported or gives something other than [B] floats.
     """
     _check(config)
-    if "learned" in config.names:
-        model = _reward_model(config, tokenizer, model)
+    model = _reward_model(config, tokenizer, model) if "learned" in config.names else None
     weights = config.weights or (1.0,) * len(config.names)
     parts = [_part(name, config, tokenizer, model) for name in config.names]
     on_tokens = [(weight, part) for weight, (part, _) in zip(weights, parts, strict=True) if part]
@@ -149,12 +148,13 @@ def make_reward(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, model:
         return sum(weight * score_text(reward, prompt, completion, row) for weight, reward in on_text)
 
     check_text_settings(config, bool(on_text))
+    terms = [name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(config.names, weights, strict=True)]
     return Reward(
-        name=_sum_name(config.names, weights),
+        name=" + ".join(terms).replace("+ -", "- "),
         on_tokens=tokens_sum if on_tokens else None,
         on_text=text_sum if on_text else None,
-        params=model.params if model and "learned" in config.names else (),
-        context=model.config.context if model and "learned" in config.names else math.inf,
+        params=model.params if model else (),
+        context=model.config.context if model else math.inf,
         time_limit=config.time_limit,
         on_failure=config.on_failure,
     )
@@ -329,29 +329,22 @@ def import_function(name: str, what: str = "reward") -> Callable:
         InputError: there is none, or its module fails when it is run.
     """
     module_name, _, function_name = name.partition(":")
+    sys.path.insert(0, "")  # the current directory
     try:
-        with _current_directory_importable():
-            module = importlib.import_module(module_name)
+        module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module does when it runs
         raise InputError(
             f"the {what} {name} cannot be imported: {type(error).__name__}: {error}; module is a Python module "
             "that is installed or in the current directory"
         ) from error
+    finally:
+        sys.path.remove("")
     function = getattr(module, function_name, None)
     if not callable(function):
         close = difflib.get_close_matches(function_name, dir(module), n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise InputError(f"the module {module_name} has no function {function_name!r}{hint}")
     return function
-
-
-@contextlib.contextmanager
-def _current_directory_importable() -> Iterator[None]:
-    sys.path.insert(0, "")
-    try:
-        yield
-    finally:
-        sys.path.remove("")
 
 
 def _fewest_arguments(function: Callable) -> int | None:
@@ -385,8 +378,3 @@ def _check_shape(name: str, function: RewardFn) -> None:
             f"the reward {name} gives shape {shape} and dtype {dtype} for {sequences} completions: "
             f"give one float a completion, shape ({sequences},)"
         )
-
-
-def _sum_name(names: tuple[str, ...], weights: tuple[float, ...]) -> str:
-    terms = [name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True)]
-    return " + ".join(terms).replace("+ -", "- ")

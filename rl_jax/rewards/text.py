@@ -33,9 +33,7 @@ def sentiment(prompt: str, completion: str) -> float:
     return _analyzer().polarity_scores(completion)["compound"]
 
 
-@functools.cache
-def _analyzer() -> SentimentIntensityAnalyzer:
-    return SentimentIntensityAnalyzer()
+_analyzer = functools.cache(SentimentIntensityAnalyzer)  # which reads its lexicon from a file
 
 
 def keyword_reward(completion: str, keywords: Sequence[str]) -> float:

@@ -18,8 +18,6 @@ from rl_jax.run.run_files import Run, finite, read_run
 
 ELSEWHERE = ("run", "resume", "track", "machine")  # settings that say where a run was, and not what it was
 POOLED = ("seed",)
-NESTED = {"reward_model": ACCURACY, "finetune": FINETUNED}  # measures in a part of the summary
-NOTHING = measured({}, FINETUNED)
 SHORT = ("reward", "kl", "win_rate", "bits")  # measures for the terminal
 
 
@@ -99,8 +97,8 @@ def _first_of(group: Sequence[Run]) -> str:
 
 def _settings(run: Run) -> dict[str, str]:
     """Names and texts of the settings that say what a run is."""
-    settings = dict(flatten(run.config.get("config") or {}))
-    return {name: text for name, text in settings.items() if not _is_of(name, ELSEWHERE)}
+    settings = flatten(run.config.get("config") or {})
+    return {name: text for name, text in settings if not _is_of(name, ELSEWHERE)}
 
 
 def _is_of(name: str, groups: Collection[str]) -> bool:
@@ -135,19 +133,18 @@ def pooled_summary(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def measures(entries: Sequence[Entry]) -> list[tuple[Measure, list[Cells]]]:
     """Each measure that an entry has, with its texts for every entry, all to the same decimals."""
     summaries = [entry.summary for entry in entries]
-    sources = [(measure, summaries) for measure in MEASURES.values()]
-    for name, measure in NESTED.items():
-        sources.append((measure, [part if isinstance(part := each.get(name), dict) else {} for each in summaries]))
-    rows = [(measure, [measured(part, measure, parts) for part in parts]) for measure, parts in sources]
-    return [(measure, cells) for measure, cells in rows if any(each != NOTHING for each in cells)]
+    every = (*MEASURES.values(), ACCURACY, FINETUNED)
+    rows = [(measure, [measured(summary, measure, summaries) for summary in summaries]) for measure in every]
+    return [row for row in rows if any((cells.before, cells.after) != (MISSING, MISSING) for cells in row[1])]
 
 
 def moved(cells: Cells) -> tuple[str, str, str]:
     """A measure in short: "0.072 → ", "0.704", and the range of the latter, "" where it is not known or no range."""
-    both = MISSING not in (cells.before, cells.after)
-    only = (cells.before, cells.before_interval) if cells.after == MISSING else (cells.after, cells.after_interval)
-    number, between = only
-    return f"{cells.before} → " if both else "", number, "" if between == f"{number} to {number}" else between
+    before = f"{cells.before} → " if MISSING not in (cells.before, cells.after) else ""
+    number, between = cells.after, cells.after_interval
+    if number == MISSING:
+        number, between = cells.before, cells.before_interval
+    return before, number, "" if between == f"{number} to {number}" else between
 
 
 def short_table(entries: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -168,7 +165,7 @@ def short_table(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 def facts(run: Run) -> dict[str, str]:
     """Names and texts of what a run was: its script, its settings, the device and the versions that it ran on."""
     about = {name: run.config[name] for name in ("script", "device", "versions") if name in run.config}
-    return _settings(run) | dict(flatten(about) if about else ())
+    return _settings(run) | dict(flatten(about))
 
 
 def differences(entries: Sequence[Entry]) -> dict[str, list[str]]:

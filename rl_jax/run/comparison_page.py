@@ -27,8 +27,9 @@ from rl_jax.run.curves import (
     window_of,
 )
 from rl_jax.run.figures import PALETTE
+from rl_jax.run.folder import write_text
 from rl_jax.run.report import page
-from rl_jax.run.report_sections import MEASURES, Cells, interval, measured
+from rl_jax.run.report_sections import MEASURES, Cells, interval, measured, table_row
 from rl_jax.run.run_files import finite
 
 DASHES = ("solid", "dashed")  # lines of the first colours, and of the same colours once more
@@ -52,12 +53,9 @@ def write_comparison(path: str | Path, entries: Sequence[Entry]) -> Path:
     Raises:
         InputError: the entries have no metric in common, or are too many to be told apart.
     """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
     source = render(entries)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(source, "utf-8", errors="replace")
-    return partial.replace(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return write_text(path, source)
 
 
 def render(entries: Sequence[Entry]) -> str:
@@ -120,9 +118,7 @@ def settings(entries: Sequence[Entry]) -> str:
 
 def _table(corner: str, entries: Sequence[Entry], rows: Iterable[tuple[str, list[str]]]) -> str:
     head = "".join(f'<th scope="col">{_key(entry, number)}</th>' for number, entry in enumerate(entries))
-    body = "".join(
-        f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>' for name, cells in rows
-    )
+    body = "".join(table_row(name, *cells) for name, cells in rows)
     return (
         f'<div class="scroll"><table class="measures compared" style="--columns:{len(entries)}"><thead><tr>'
         f'<th scope="col">{corner}</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -156,12 +152,6 @@ def training(entries: Sequence[Entry]) -> str:
     return grids and grids + LINES
 
 
-def _lines(entry: Entry, stage: str, name: str) -> list[Line]:
-    """A metric of each run that has it, and a finite value of it."""
-    lines = [read_line(run.metrics.get(stage, ()), name) for run in entry.runs]
-    return [line for line in lines if np.isfinite(line[1]).any()]
-
-
 def band(name: str, lines: Sequence[Line]) -> tuple[np.ndarray, np.ndarray]:
     """Steps that all lines of a metric have, [n]; the lowest, the mean and the highest of them, smoothed, [3, n]."""
     known = []
@@ -174,8 +164,12 @@ def band(name: str, lines: Sequence[Line]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _shared(entries: Sequence[Entry], stage: str, name: str) -> dict[int, list[Line]]:
-    """The lines of a metric by the entry's number; none where they are not to be drawn."""
-    found = {number: lines for number, entry in enumerate(entries) if (lines := _lines(entry, stage, name))}
+    """A metric of each run that has finite values of it, by the entry's number; none where it is not to be drawn."""
+    found = {}
+    for number, entry in enumerate(entries):
+        lines = [read_line(run.metrics.get(stage, ()), name) for run in entry.runs]
+        if lines := [line for line in lines if np.isfinite(line[1]).any()]:
+            found[number] = lines
     moving = any(resting_value(name, values) is None for lines in found.values() for _, values in lines)
     return found if moving and len(found) >= min(2, len(entries)) else {}
 
@@ -210,9 +204,8 @@ def _reward_over_kl(entries: Sequence[Entry], stage: str) -> str:
     def fill(axes: Any) -> None:
         for number in rewards.keys() & kls.keys():
             colour, dashes = _look(number)
-            (steps, reward), (others, kl) = (
-                band(name, each[number]) for name, each in (("reward", rewards), ("kl", kls))
-            )
+            steps, reward = band("reward", rewards[number])
+            others, kl = band("kl", kls[number])
             x, y = kl[1, np.isin(others, steps)], reward[1, np.isin(steps, others)]
             axes.plot(x, y, color=colour, ls=dashes, lw=1.2)
             axes.plot(x[-1:], y[-1:], color=colour, marker="o", ms=4)

@@ -86,12 +86,16 @@ STYLE = {
     "axes.labelcolor": GREY,
     "axes.edgecolor": "#c3cad3",
     "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e8ebef",
+    "grid.linewidth": 0.6,
     "xtick.color": GREY,
     "ytick.color": GREY,
 }
-UNSMOOTHED = frozenset(
-    {"held_out_loss", "held_out_accuracy", "learning_rate", "kl_coefficient"}
-)  # few points, or no noise
+UNSMOOTHED = ("held_out_loss", "held_out_accuracy", "learning_rate", "kl_coefficient")  # few points, or no noise
 NOTE = "Faint: every update. Strong: a centred mean over a twentieth of them, where they are 40 or more."
 STILL = "Not drawn, because they never moved: {}."
 
@@ -219,10 +223,7 @@ def draw_axes(fill: Callable[[Any], None], across: str, up: str, prefix: str) ->
 
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": prefix}):
         figure = Figure(figsize=(3.5, 2.2), layout="constrained")
-        axes = figure.add_subplot(xlabel=across, ylabel=up, axisbelow=True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e8ebef", linewidth=0.6)
-        fill(axes)
+        fill(figure.add_subplot(xlabel=across, ylabel=up))
         target = io.StringIO()
         figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
     return _inline(target.getvalue(), prefix)

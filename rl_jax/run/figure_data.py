@@ -1,12 +1,11 @@
 """What a figure shows, read off what was drawn, for the JSON file beside it."""
 
 import json
+import math
 import re
 from typing import Any
 
 import numpy as np
-
-from rl_jax.run.folder import jsonable
 
 MOST_POINTS = 250  # of a line: about as many as a figure shows
 
@@ -22,7 +21,6 @@ def figure_data(axes: Any) -> dict[str, Any]:
     - "line", "dots": x and y; low and high too where there is a band about it, or error bars.
     - "band", without a line of its label: x, low and high.
     - "bars": y at each x, or for lying ones x at each y.
-    - "segments": the x and the y of both ends of each.
     - "level": y, or x, of a line across.
     - "other": what has none of these forms, such as an image; without numbers.
 
@@ -89,7 +87,7 @@ def _read_containers(axes: Any) -> tuple[list[Mark], list[Any]]:
 
 
 def _read(artist: Any, axes: Any) -> Mark:
-    from matplotlib.collections import LineCollection, PathCollection, PolyCollection
+    from matplotlib.collections import PathCollection, PolyCollection
     from matplotlib.lines import Line2D
 
     match artist:
@@ -102,9 +100,6 @@ def _read(artist: Any, axes: Any) -> Mark:
                 case (False, True):
                     return _mark("level", artist, artist.get_color()) | _numbers(y=y[:1])
             return _mark(kind, artist, artist.get_color()) | _numbers(x=x, y=y)
-        case LineCollection():
-            ends = _ends(artist)
-            return _mark("segments", artist, artist.get_color()[0]) | _numbers(x=ends[..., 0], y=ends[..., 1])
         case PathCollection():
             x, y = np.ma.filled(artist.get_offsets(), np.nan).T
             return _mark("dots", artist, artist.get_facecolor()[0]) | _numbers(x=x, y=y)
@@ -134,23 +129,18 @@ def _numbers(**columns: Any) -> dict[str, list[Any]]:
     return {name: _rounded(np.ma.filled(np.ma.asarray(values, float), np.nan)) for name, values in columns.items()}
 
 
-def _rounded(values: np.ndarray) -> list[Any]:
+def _rounded(values: np.ndarray) -> list[float | None]:
     if len(values) > MOST_POINTS:
         values = values[np.linspace(0, len(values) - 1, MOST_POINTS).round().astype(int)]
-    short = [float(f"{value:.6g}") for value in values.ravel()]
-    whole = [int(value) if value.is_integer() else value for value in short]
-    return jsonable(np.array(whole, object).reshape(values.shape))
+    short = [float(f"{value:.6g}") for value in values]
+    return [None if not math.isfinite(x) else int(x) if x.is_integer() else x for x in short]
 
 
 def _with_bands(marks: list[Mark]) -> list[Mark]:
     """Gives each line the band that has its label and its places."""
-    lines, bands = ([mark for mark in marks if mark["mark"] == kind] for kind in ("line", "band"))
-    for line in lines:
-        for band in bands:
-            if _is_about(band, line):
-                line |= {edge: band[edge] for edge in ("low", "high")}
-    return [mark for mark in marks if mark["mark"] != "band" or not any(_is_about(mark, line) for line in lines)]
-
-
-def _is_about(band: Mark, line: Mark) -> bool:
-    return (line.get("label"), line["x"]) == (band.get("label"), band["x"])
+    lines, bands = (
+        {(mark.get("label"), *mark["x"]): mark for mark in marks if mark["mark"] == kind} for kind in ("line", "band")
+    )
+    for about in lines.keys() & bands.keys():
+        lines[about] |= {edge: bands[about][edge] for edge in ("low", "high")}
+    return [mark for mark in marks if mark["mark"] != "band" or (mark.get("label"), *mark["x"]) not in lines]

@@ -1,8 +1,8 @@
 """Figures of recipes, with the report's look, on white: a PNG file for reading, and what it shows beside it in JSON."""
 
 import contextlib
-import os
-from collections.abc import Generator
+import math
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ import numpy as np
 
 from rl_jax.run.curves import COLOURS, GREY, STYLE
 from rl_jax.run.figure_data import figure_data, layout
+from rl_jax.run.folder import write_text
 
 # After the report's own, those of Okabe and Ito (2008), darkened where a line on white needs it: told apart with every
 # common kind of colour blindness.
 PALETTE = (*COLOURS, "#009e73", "#b0508c", "#8c6d1f", "#4fb0d9", "#c2402a")
 MARKERS = dict(zip(PALETTE, "os^DvPX*", strict=True))  # of a line of each colour, where there are many
+GUIDE = {"color": GREY, "linewidth": 0.9, "linestyle": (0, (4, 3))}  # how a line to compare with is drawn
 FEW = 4  # lines that their colours tell apart, also in print
 FEW_POINTS = 12  # that have room for a marker each
 
@@ -36,22 +38,19 @@ def open_figure(path: str | Path, titles: list[str], width: float = 4.2, height:
     from matplotlib.figure import Figure
 
     path = Path(path)
-    with rc_context({**STYLE, "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left"}):
+    titled = {"axes.titlesize": 10, "axes.titlelocation": "left"}
+    with rc_context({**STYLE, **titled, "font.size": 9, "legend.fontsize": 8, "legend.frameon": False}):
         figure = Figure(figsize=(width * len(titles), height))
         figure.set_layout_engine("constrained", wspace=0.05)
-        every = figure.subplots(1, len(titles), squeeze=False)[0]
+        every = list(figure.subplots(1, len(titles), squeeze=False)[0])
         for axes, title in zip(every, titles, strict=True):
             axes.set_title(title, fontweight="bold")
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(color="#e8ebef", linewidth=0.6)
-            axes.set_axisbelow(True)
-        yield list(every)
-        mark_lines(list(every))
-        half, data = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".json")
+        yield every
+        mark_lines(every)
+        half = path.with_name(path.name + ".tmp")
         figure.savefig(half, format="png", dpi=200, metadata={"Software": None})
-        os.replace(half, path)
-        half.write_text(layout([figure_data(axes) for axes in every]), "utf-8")
-        os.replace(half, data)
+        half.replace(path)
+        write_text(path.with_name(path.name + ".json"), layout([figure_data(axes) for axes in every]))
 
 
 def draw_band(axes: Any, x: np.ndarray, band: np.ndarray, label: str, colour: str, dashed: bool = False) -> None:
@@ -70,20 +69,32 @@ def draw_band(axes: Any, x: np.ndarray, band: np.ndarray, label: str, colour: st
     axes.plot(x, band[1], color=colour, linewidth=1.6, linestyle="--" if dashed else "-", label=label)
 
 
+def band_of(estimates: Iterable[Sequence[float]]) -> np.ndarray:
+    """What `draw_band` takes, of n estimates: each a value and the ends of its interval. [3, n]."""
+    return np.array([(low, value, high) for value, low, high in estimates]).T
+
+
+def draw_interval(axes: Any, estimate: Sequence[float], place: float, colour: str, **dot: Any) -> None:
+    """A dot, and its interval as far as that is finite, on a line of its own.
+
+    Args:
+        axes: from `open_figure`.
+        estimate: a value and the ends of its interval.
+        place: of the line, upwards.
+        colour: of both.
+        dot: what else matplotlib is to know of the dot, such as its label.
+    """
+    value, low, high = estimate
+    if math.isfinite(high - low):
+        axes.plot([low, high], [place, place], color=colour, linewidth=1.4)
+    axes.plot(value, place, "o", color=colour, **({"markersize": 4} | dot))
+
+
 def draw_limit(axes: Any, y: float, label: str) -> None:
     """A dashed level that nothing can pass, with its name above it."""
-    axes.axhline(y, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)), label=f"_{label}")
-    axes.annotate(
-        label,
-        (1, y),
-        (0, 2),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        ha="right",
-        va="bottom",
-        color=GREY,
-        fontsize=8,
-    )
+    axes.axhline(y, **GUIDE, label=f"_{label}")
+    style = {"ha": "right", "va": "bottom", "color": GREY, "fontsize": 8}
+    axes.annotate(label, (1, y), (0, 2), ("axes fraction", "data"), "offset points", **style)
 
 
 def mark_lines(every: list[Any]) -> None:

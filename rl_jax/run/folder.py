@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -77,13 +76,18 @@ def open_run(folder: str | Path, script: str, config: Any, **about: Any) -> Path
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes `value` so that a reader finds the old file or the new one whole; NaN and infinities become null."""
-    if not is_first():
-        return
+    """Writes `value` as `write_text` does, in the first process alone; NaN and infinities become null."""
+    if is_first():
+        text = json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        write_text(path, text)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Writes a text so that a reader finds the old file or the new one whole, and returns its path."""
     path = Path(path)
     half = path.with_name(path.name + ".tmp")
-    half.write_text(json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-    os.replace(half, path)
+    half.write_text(text, "utf-8", errors="replace")  # JSON can hold half a surrogate pair
+    return half.replace(path)
 
 
 def jsonable(value: Any) -> Any:

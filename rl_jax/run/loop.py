@@ -22,9 +22,6 @@ from rl_jax.run.progress import Progress, show_progress
 from rl_jax.run.tracking import check_tracker
 from rl_jax.types import TrainState
 
-StepFn = Callable[[TrainState, int], tuple[TrainState, Mapping[str, Any]]]
-"""(state, step) -> (state, metrics), as `train` takes it."""
-
 NONFINITE_LIMIT = 3  # consecutive skipped updates at which a run has failed
 
 
@@ -49,7 +46,7 @@ class RewardFailed(InputError):
 
 
 def train(
-    step_fn: StepFn,
+    step_fn: Callable[[TrainState, int], tuple[TrainState, Mapping[str, Any]]],
     state: TrainState,
     *,
     stage: str,
@@ -167,9 +164,7 @@ def run_main(main: Callable[[Any], None], config_class: type, args: Sequence[str
         if hasattr(config, "track"):
             check_tracker(config.track)
         main(config)
-    except InputError as error:
-        _exit(2, f"error: {error}", "bold red")
-    except OSError as error:  # a folder that cannot be written, a full disk
+    except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         _exit(2, f"error: {error}", "bold red")
     except RunFailed as error:
         _exit(1, f"error: {error}", "bold red")
@@ -178,7 +173,9 @@ def run_main(main: Callable[[Any], None], config_class: type, args: Sequence[str
     except jax.errors.JaxRuntimeError as error:
         if not are_several():
             raise
-        _exit(3, _lost(error), "bold red", at_once=True)
+        reason = str(error).strip().splitlines()[0][:200]
+        advice = "The checkpoints are whole: start all processes again, with --resume."
+        _exit(3, f"error: another process of this run was lost ({reason}). {advice}", "bold red", at_once=True)
     except KeyboardInterrupt:
         _exit(130, "Stopped.", at_once=True)
     leave(0)
@@ -186,11 +183,7 @@ def run_main(main: Callable[[Any], None], config_class: type, args: Sequence[str
 
 
 def _recorder(
-    stage: str,
-    writer: MetricsWriter,
-    checkpoints: Checkpoints,
-    progress: Progress,
-    shown: Sequence[str],
+    stage: str, writer: MetricsWriter, checkpoints: Checkpoints, progress: Progress, shown: Sequence[str]
 ) -> Callable[..., None]:
     """Returns `record(step, metrics, last=False)`, which fetches a step's metrics, writes, shows and judges them."""
     before: float | None = None  # the time at which the step before was done
@@ -220,18 +213,12 @@ def _recorder(
         if skipped := int(row.get("nonfinite") or 0):
             progress.say(f"{stage} step {step}: the update was not finite and was skipped ({skipped} in a row).")
         if skipped >= NONFINITE_LIMIT:
-            raise RunFailed(_failure(stage, step, checkpoints))
+            failed = f"{stage} failed at step {step}: {NONFINITE_LIMIT} updates in a row were not finite."
+            raise RunFailed(f"{failed} {_kept(checkpoints)} Try a lower learning rate.")
         if failure is not None:
             raise failure
 
     return record
-
-
-def _failure(stage: str, step: int, checkpoints: Checkpoints) -> str:
-    return (
-        f"{stage} failed at step {step}: {NONFINITE_LIMIT} updates in a row were not finite. {_kept(checkpoints)} "
-        "Try a lower learning rate."
-    )
 
 
 def _unrewarded(error: RewardFailed, stage: str, step: int, steps: int, path: Path) -> str:
@@ -249,14 +236,6 @@ def _kept(checkpoints: Checkpoints) -> str:
 def _show_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     if str(unraisable.exc_value) != "Event loop is closed":  # TensorStore's, where a write beside it has failed
         sys.__unraisablehook__(unraisable)
-
-
-def _lost(error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0][:200]
-    return (
-        f"error: another process of this run was lost ({reason}). The checkpoints are whole: start all processes "
-        "again, with --resume."
-    )
 
 
 def _exit(code: int, message: str, style: str = "", at_once: bool = False) -> NoReturn:

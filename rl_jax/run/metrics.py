@@ -86,7 +86,8 @@ def open_metrics(folder: str | Path, tracker: Tracker | None = None) -> MetricsW
     if not is_first():
         return MetricsWriter(folder, open(os.devnull, "w"), None)
     path = folder / "metrics.jsonl"
-    _drop_half_written_row(path)
+    if path.exists():  # a killed run may have left half a row, which its resumption writes again
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     (folder / "tensorboard").mkdir(exist_ok=True)
     events = EventsWriter(str(folder / "tensorboard" / "events"))
     tracked = None if tracker is None else track(tracker, folder)
@@ -120,10 +121,3 @@ def _processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _drop_half_written_row(path: Path) -> None:
-    """Cuts a last line without its newline, which a killed run left, and which its resumption writes again."""
-    if path.exists():
-        content = path.read_bytes()
-        os.truncate(path, content.rfind(b"\n") + 1)

@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from rl_jax.errors import InputError
-from rl_jax.run.spmd import Mesh, fetch, join_rows, make_mesh, pmapped
+from rl_jax.run.spmd import Mesh, join_rows, make_mesh, pmapped
 from rl_jax.types import Array
 
 FROM_ENVIRONMENT = "auto"
@@ -106,8 +107,6 @@ def on_first(fn: Callable[[], Any]) -> None:
     """
     if not are_several():
         return fn()
-    from jax.experimental import multihost_utils
-
     failure: Exception | None = None
     if is_first():
         try:
@@ -133,11 +132,7 @@ def anywhere(flag: bool) -> Any:
 
 def total(count: int) -> int:
     """The sum of a number over the processes, on the host. All have to call this."""
-    if not are_several():
-        return count
-    mine = np.full(jax.local_device_count(), 0)
-    mine[0] = count
-    return int(np.sum(fetch(join_rows(mine, make_mesh(jax.devices())))))
+    return int(np.sum(multihost_utils.process_allgather(np.int32(count))))
 
 
 def agreed(event: threading.Event) -> Callable[[], bool]:
@@ -161,8 +156,6 @@ def agreed(event: threading.Event) -> Callable[[], bool]:
 def wait_for_all(name: str) -> None:
     """Waits until every process has come to the point of that name."""
     if are_several():
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices(name)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_jax.run.curves import curves
+from rl_jax.run.folder import write_text
 from rl_jax.run.parting import parting_warning
 from rl_jax.run.report_sections import before_after, completions, figures, headline, settings, times
 from rl_jax.run.reward_sections import reward_section
@@ -51,10 +52,8 @@ def write_report(folder: str | Path) -> Path:
     Raises:
         InputError: the folder is not a run's, or a file in it cannot be read.
     """
-    path = Path(folder) / "report.html"
-    partial = path.with_name("report.html.partial")
-    partial.write_text(render(read_run(path.parent)), "utf-8", errors="replace")  # JSON can hold half a surrogate pair
-    return partial.replace(path)
+    folder = Path(folder)
+    return write_text(folder / "report.html", render(read_run(folder)))
 
 
 def render(run: Run) -> str:

@@ -31,6 +31,7 @@ class Measure(NamedTuple):
     before: str
     after: str
     percent: bool = False  # a share in the file, a percentage on the page
+    part: str = ""  # of the summary, where it is not the whole that has the names
 
 
 class Cells(NamedTuple):
@@ -61,8 +62,8 @@ MEASURES = {
     "bits_before": Measure("Held-out bits", "bits a byte, of the given model", "held_out_bits_per_byte_before", ""),
 }
 
-FINETUNED = Measure("Fine-tuning", "nats a token", "held_out_loss_before", "held_out_loss")  # in "finetune"
-ACCURACY = Measure("Reward model", "of held-out pairs", "", "pair_accuracy", True)  # in the summary's "reward_model"
+FINETUNED = Measure("Fine-tuning", "nats a token", "held_out_loss_before", "held_out_loss", part="finetune")
+ACCURACY = Measure("Reward model", "of held-out pairs", "", "pair_accuracy", True, part="reward_model")
 
 HACKING = (
     '<div class="aside"><h3>Is the reward hacked?</h3><p><strong>Reference perplexity</strong> is the pretrained '
@@ -109,38 +110,36 @@ def interval(summary: dict[str, Any], name: str) -> list[float]:
     return known if len(known) == 2 else []
 
 
-def _values(summary: dict[str, Any], measure: Measure) -> list[float]:
-    """The finite numbers of a measure, those of its intervals among them."""
-    names = (measure.before, measure.after)
-    known = [finite(summary.get(name)) for name in names]
-    return [
-        value for value in (*known, *interval(summary, names[0]), *interval(summary, names[1])) if value is not None
-    ]
+def _numbers(summary: dict[str, Any], measure: Measure) -> list[tuple[float | None, list[float]]]:
+    """A measure's number and its interval, before and after."""
+    about = part(summary, measure.part) if measure.part else summary
+    return [(finite(about.get(name)), interval(about, name)) for name in (measure.before, measure.after)]
 
 
 def measured(summary: dict[str, Any], measure: Measure, beside: Iterable[dict[str, Any]] = ()) -> Cells:
     """A measure of a summary as text, with as many decimals as the summaries that it stands beside ask for too."""
     scale, mark = (100, "%") if measure.percent else (1, "")
-    before, after = (finite(summary.get(name)) for name in (measure.before, measure.after))
-    bounds = [interval(summary, name) for name in (measure.before, measure.after)]
-    decimals = _decimals(scale * value for each in (summary, *beside) for value in _values(each, measure))
+    (before, _), (after, _) = sides = _numbers(summary, measure)
+    every = (side for each in (summary, *beside) for side in _numbers(each, measure))
+    decimals = _decimals(scale * x for value, bounds in every for x in (value, *bounds) if x is not None)
 
     def number(value: float | None) -> str:
         return MISSING if value is None else _show(scale * value, decimals) + mark
 
-    ranges = [" to ".join(map(number, pair)) for pair in bounds]
+    ranges = [" to ".join(map(number, bounds)) for _, bounds in sides]
     change = "" if before is None or after is None else _show(scale * (after - before), decimals, "+")
     return Cells(number(before), ranges[0], number(after), ranges[1], change)
 
 
-def reward_model(summary: dict[str, Any]) -> dict[str, Any]:
-    """What the summary says of the reward model, {} where it has none."""
-    return _part(summary, "reward_model")
-
-
-def _part(summary: dict[str, Any], name: str) -> dict[str, Any]:
+def part(summary: dict[str, Any], name: str) -> dict[str, Any]:
+    """What the summary says of "reward_model" or "finetune", {} where it says nothing."""
     about = summary.get(name)
     return about if isinstance(about, dict) else {}
+
+
+def table_row(name: str, *cells: str) -> str:
+    """A row of a table, of HTML."""
+    return f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 # Sections
@@ -158,11 +157,11 @@ def headline(summary: dict[str, Any], metrics: dict[str, Rows]) -> str:
         if cells["bits_before"].before != MISSING:
             also += f"; {cells['bits_before'].before} before this run"
         sentences.append(f"The pretrained model has a held-out loss of {loss} nats a token ({also}).")
-    finetuned = measured(_part(summary, "finetune"), FINETUNED)
+    finetuned = measured(summary, FINETUNED)
     if finetuned.change:
         moved = f"from {finetuned.before} to {finetuned.after} nats a token"
         sentences.append(f"Fine-tuning moved the held-out loss of completions {moved}.")
-    accuracy = measured(reward_model(summary), ACCURACY)
+    accuracy = measured(summary, ACCURACY)
     if accuracy.after != MISSING:
         between = f" ({accuracy.after_interval})" if accuracy.after_interval else ""
         sentences.append(f"The reward model prefers what was preferred in {accuracy.after} of held-out pairs{between}.")
@@ -174,34 +173,30 @@ def headline(summary: dict[str, Any], metrics: dict[str, Rows]) -> str:
 
 def _reward_sentences(summary: dict[str, Any], cells: dict[str, Cells]) -> str:
     reward, gold = cells["reward"], cells["gold"]
-    apart = _apart(summary, "reward")
-    verb = _verb(apart, reward, "raised", "lowered", "moved")
-    sentence = f"Tuning {verb} the mean reward{_named(summary, 'reward')} from {reward.before} to {reward.after}"
-    sentence += ", with 95% intervals that overlap," if apart is False else ""
+    verb, overlap = _moved(summary, "reward", reward, "raised", "lowered")
+    sentence = (
+        f"Tuning {verb} the mean reward{_named(summary, 'reward')} from {reward.before} to {reward.after}{overlap}"
+    )
     if cells["kl"].after != MISSING:
-        sentence += f" at an exact KL of {cells['kl'].after} nats a completion"
+        sentence += f"{overlap and ','} at an exact KL of {cells['kl'].after} nats a completion"
     if cells["win_rate"].after != MISSING:
         sentence += f"; its completions win {cells['win_rate'].after} of pairs with the pretrained"
-    sentence = sentence.rstrip(",") + "."
     if gold.change:
-        apart = _apart(summary, "gold")
-        verb = _verb(apart, gold, "rose", "fell", "moved")
-        sentence += f" The gold reward{_named(summary, 'gold')} {verb} from {gold.before} to {gold.after}"
-        sentence += ", with 95% intervals that overlap" if apart is False else ""
+        verb, overlap = _moved(summary, "gold", gold, "rose", "fell")
+        sentence += f". The gold reward{_named(summary, 'gold')} {verb} from {gold.before} to {gold.after}{overlap}"
         if cells["gold_win_rate"].after != MISSING:
             sentence += f"; by it they win {cells['gold_win_rate'].after} of the pairs"
-        sentence += "."
-    return sentence
+    return sentence + "."
 
 
-def _apart(summary: dict[str, Any], name: str) -> bool | None:
-    """Whether the intervals before and after do not overlap; None where one is not known."""
+def _moved(summary: dict[str, Any], name: str, cells: Cells, up: str, down: str) -> tuple[str, str]:
+    """The verb for how a reward moved, and a clause where its intervals before and after overlap."""
     before, after = (interval(summary, f"{name}_{side}") for side in ("before", "after"))
-    return (before[1] < after[0] or after[1] < before[0]) if before and after else None
-
-
-def _verb(apart: bool | None, cells: Cells, up: str, down: str, neither: str) -> str:
-    return (down if cells.change.startswith("−") else up) if apart else neither
+    if not before or not after:
+        return "moved", ""
+    if before[0] <= after[1] and after[0] <= before[1]:
+        return "moved", ", with 95% intervals that overlap"
+    return down if cells.change.startswith("−") else up, ""
 
 
 def _named(summary: dict[str, Any], name: str) -> str:
@@ -221,7 +216,7 @@ def figures(summary: dict[str, Any]) -> str:
         cells = measured(summary, measure)
         note = f"from {cells.before}" if cells.change else measure.unit.split(",")[0]
         tiles.append((measure.label, cells.after if tuned else cells.before, note))
-    tiles.append((ACCURACY.label, measured(reward_model(summary), ACCURACY).after, ACCURACY.unit))
+    tiles.append((ACCURACY.label, measured(summary, ACCURACY).after, ACCURACY.unit))
     for label, name, units in (("Parameters", "parameters", COUNTS), ("Time", "seconds", DURATIONS)):
         if (value := finite(summary.get(name))) is not None:
             number, _, unit = _scaled(value, units).partition(" ")
@@ -241,13 +236,10 @@ def before_after(summary: dict[str, Any]) -> str:
     rows = ""
     for measure in MEASURES.values():
         cells = measured(summary, measure)
-        if cells.before == cells.after == MISSING:
-            continue
-        rows += (
-            f'<tr><th scope="row">{measure.label} <small>{measure.unit}</small></th>'
-            f"<td>{cells.before}<small>{cells.before_interval}</small></td>"
-            f"<td>{cells.after}<small>{cells.after_interval}</small></td><td>{cells.change}</td></tr>"
-        )
+        if (cells.before, cells.after) != (MISSING, MISSING):
+            before = f"{cells.before}<small>{cells.before_interval}</small>"
+            after = f"{cells.after}<small>{cells.after_interval}</small>"
+            rows += table_row(f"{measure.label} <small>{measure.unit}</small>", before, after, cells.change)
     columns = "".join(f'<th scope="col">{name}</th>' for name in ("Measure", "Pretrained", "Tuned", "Change"))
     table = f'<table class="measures"><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table>'
     return f'<div class="results"><div class="scroll">{table}{INTERVALS}</div>{HACKING}</div>'
@@ -296,26 +288,16 @@ def times(summary: dict[str, Any], metrics: dict[str, Rows]) -> str:
     for stage, seconds in spent.items():
         speeds = [speed for row in metrics.get(stage, ()) if (speed := finite(row.get("tokens_per_second")))]
         speed = f"{statistics.median(speeds):,.0f} tokens/s" if speeds else ""
-        rows += (
-            f'<tr><th scope="row">{escape(stage_title(stage))}</th>'
-            f"<td>{_scaled(seconds, DURATIONS)}</td>"
-            f'<td><span class="bar" style="--share:{seconds / longest:.4f}"></span></td><td>{speed}</td></tr>'
-        )
+        bar = f'<span class="bar" style="--share:{seconds / longest:.4f}"></span>'
+        rows += table_row(escape(stage_title(stage)), _scaled(seconds, DURATIONS), bar, speed)
     return rows and f'<table class="times"><tbody>{rows}</tbody></table>'
 
 
 def flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
     """Dotted names and texts of nested settings, in the order of the file."""
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict) and (value or not name):
         return [row for key, inner in value.items() for row in flatten(inner, f"{name}.{key}" if name else key)]
     return [(name, value if isinstance(value, str) and value else json.dumps(value))]
-
-
-def _rows(title: str, values: dict[str, Any]) -> str:
-    """A titled table of names and values, "" where there are none."""
-    rows = flatten(values) if values else []
-    body = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(text)}</td></tr>' for name, text in rows)
-    return body and f'<div class="group"><h3>{escape(title)}</h3><table><tbody>{body}</tbody></table></div>'
 
 
 def settings(config: dict[str, Any]) -> str:
@@ -324,5 +306,8 @@ def settings(config: dict[str, Any]) -> str:
     groups = {"general": {name: value for name, value in values.items() if not isinstance(value, dict)}}
     groups |= {name: value for name, value in values.items() if isinstance(value, dict)}
     groups |= {name: config.get(name) or {} for name in ("estimator", "versions")}
-    tables = "".join(_rows(name, group) for name, group in groups.items())
+    tables = ""
+    for title, group in groups.items():
+        rows = "".join(table_row(escape(name), escape(text)) for name, text in flatten(group))
+        tables += rows and f'<div class="group"><h3>{escape(title)}</h3><table><tbody>{rows}</tbody></table></div>'
     return tables and f'<div class="groups">{tables}</div>'

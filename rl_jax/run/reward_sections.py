@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rl_jax.run.curves import GREY, draw_axes, figure_element
-from rl_jax.run.figures import PALETTE
-from rl_jax.run.report_sections import ACCURACY, MISSING, Measure, measured, reward_model
+from rl_jax.run.curves import draw_axes, figure_element
+from rl_jax.run.figures import GUIDE, PALETTE
+from rl_jax.run.report_sections import ACCURACY, MISSING, Measure, measured, part, table_row
 from rl_jax.run.run_files import finite
 
 MEASURES = (
@@ -46,13 +46,13 @@ class Points(NamedTuple):
 
 def reward_section(summary: dict[str, Any]) -> str:
     """The section as HTML, "" for a run without a reward model."""
-    about = reward_model(summary)
+    about = part(summary, "reward_model")
     rows = ""
     for measure in MEASURES:
         cells = measured(about, measure)
         if cells.after != MISSING:
-            rows += f'<tr><th scope="row">{measure.label} <small>{measure.unit}</small></th>'
-            rows += f"<td>{cells.after}<small>{cells.after_interval}</small></td></tr>"
+            label = f"{measure.label} <small>{measure.unit}</small>"
+            rows += table_row(label, f"{cells.after}<small>{cells.after_interval}</small>")
     table = rows and f'<table class="measures judged"><tbody>{rows}</tbody></table>'
     calibration = _reliability(about)
     figures = calibration + _by_gap(about) + _learning_curve(about)
@@ -64,13 +64,16 @@ def reward_section(summary: dict[str, Any]) -> str:
 def read_points(rows: Any, across: str, up: str) -> Points:
     """Of rows of a summary, those whose two names are numbers; an interval that is none shrinks to the point."""
     found = []
-    for row in rows if isinstance(rows, list) else ():
-        x, y, low, high = (
-            finite(row.get(name)) if isinstance(row, dict) else None for name in (across, up, "low", "high")
-        )
-        if x is not None and y is not None:
-            found.append((x, y, y if low is None else min(low, y), y if high is None else max(high, y)))
-    return Points(*np.array(sorted(found)).reshape(-1, 4).T)
+    for row in _known(rows, across, up):
+        y, low, high = row[up], finite(row.get("low")), finite(row.get("high"))
+        found.append((row[across], y, y if low is None else min(low, y), y if high is None else max(high, y)))
+    return Points(*np.array(sorted(found), float).reshape(-1, 4).T)
+
+
+def _known(rows: Any, *names: str) -> list[dict[str, Any]]:
+    """Those of the rows that have a number by each of the names."""
+    known = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return [row for row in known if all(finite(row.get(name)) is not None for name in names)]
 
 
 def _counts(about: dict[str, Any]) -> str:
@@ -84,82 +87,65 @@ def _counts(about: dict[str, Any]) -> str:
 
 
 def _reliability(about: dict[str, Any]) -> str:
-    points = read_points(about.get("reliability"), "confidence", "observed")
+    lines = [(read_points(about.get("reliability"), "confidence", "observed"), PALETTE[0])]
 
-    def fill(axes: Any) -> None:
-        axes.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
-        _plot(axes, points, PALETTE[0])
+    def diagonal(axes: Any) -> None:
+        axes.plot([0.5, 1], [0.5, 1], **GUIDE, zorder=1)  # below the points
 
-    return _figure("Reliability", fill, "probability by the rewards", "share of judges", "reliability", points)
+    return _figure("Reliability", "probability by the rewards", "share of judges", "reliability", lines, diagonal)
 
 
 def _by_gap(about: dict[str, Any]) -> str:
-    points = read_points(about.get("accuracy_by_gap"), "gap", "accuracy")
-
-    def fill(axes: Any) -> None:
-        _plot(axes, points, PALETTE[0])
-
-    return _figure("Accuracy by gap", fill, "gap between the ratings", "pair accuracy", "by-gap", points)
+    lines = [(read_points(about.get("accuracy_by_gap"), "gap", "accuracy"), PALETTE[0])]
+    return _figure("Accuracy by gap", "gap between the ratings", "pair accuracy", "by-gap", lines)
 
 
 def _learning_curve(about: dict[str, Any]) -> str:
-    rows = about.get("learning_curve")
-    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    rows = [row for row in rows if (finite(row.get("pairs")) or 0.0) > 0]
-    layers = sorted({layer for row in rows if (layer := finite(row.get("layers"))) is not None})[: len(PALETTE)]
-    lines = [read_points([row for row in rows if finite(row.get("layers")) == n], "pairs", "accuracy") for n in layers]
-    drawn = [(n, line, colour) for n, line, colour in zip(layers, lines, PALETTE, strict=False) if len(line.up)]
-    keys = [(f"{n:g} layer{'' if n == 1 else 's'}", colour) for n, _, colour in drawn]
+    rows = [row for row in _known(about.get("learning_curve"), "pairs", "layers", "accuracy") if row["pairs"] > 0]
+    layers = sorted({row["layers"] for row in rows})[: len(PALETTE)]
+    lines, keys = [], []
+    for number, (layer, colour) in enumerate(zip(layers, PALETTE, strict=False)):
+        points = read_points([row for row in rows if row["layers"] == layer], "pairs", "accuracy")
+        aside = 1.02 ** (number - (len(layers) - 1) / 2)  # so that no bar hides another
+        lines.append((points._replace(across=aside * points.across), colour))
+        keys.append((f"{layer:g} layer{'' if layer == 1 else 's'}", colour))
 
-    def fill(axes: Any) -> None:
-        for number, (_, line, colour) in enumerate(drawn):
-            aside = 1.02 ** (number - (len(drawn) - 1) / 2)  # so that no bar hides another
-            _plot(axes, line._replace(across=line.across * aside), colour)
-        _count_across(axes, sorted({x for _, line, _ in drawn for x in line.across}))
+    def count_across(axes: Any) -> None:
+        """A logarithmic axis with a label at each count that has room for one."""
+        from matplotlib.ticker import NullLocator
 
-    every = (
-        Points(*(np.concatenate(part) for part in zip(*(line for _, line, _ in drawn), strict=True))) if drawn else None
-    )
-    return _figure("Learning curve", fill, "pairs learned from", "pair accuracy", "learning", every, keys)
+        axes.set_xscale("log")
+        counts, kept = sorted({row["pairs"] for row in rows}), []
+        for count in counts:
+            if not kept or count >= (counts[-1] / counts[0]) ** 0.14 * kept[-1]:
+                kept.append(count)
+        axes.set_xticks(kept, [f"{count:,.0f}" for count in kept])
+        axes.xaxis.set_minor_locator(NullLocator())
 
-
-def _plot(axes: Any, points: Points, colour: str) -> None:
-    bars = np.stack([points.up - points.low, points.high - points.up])
-    axes.errorbar(
-        points.across, points.up, bars, color=colour, marker="o", markersize=2.5, linewidth=1.5, elinewidth=0.7
-    )
-
-
-def _count_across(axes: Any, counts: Sequence[float]) -> None:
-    """A logarithmic axis with a label at each count that has room for one."""
-    from matplotlib.ticker import NullLocator
-
-    axes.set_xscale("log")
-    kept: list[float] = []
-    for count in counts:
-        if not kept or count >= (max(counts) / min(counts)) ** 0.14 * kept[-1]:
-            kept.append(count)
-    axes.set_xticks(kept, [f"{count:,.0f}" for count in kept])
-    axes.xaxis.set_minor_locator(NullLocator())
+    return _figure("Learning curve", "pairs learned from", "pair accuracy", "learning", lines, count_across, keys)
 
 
 def _figure(
     title: str,
-    fill: Callable[[Any], None],
     across: str,
     up: str,
     prefix: str,
-    points: Points | None,
+    lines: Sequence[tuple[Points, str]],
+    finish: Callable[[Any], None] = lambda axes: None,
     keys: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """A figure of shares, "" without a point."""
-    if points is None or not len(points.up):
+    """A figure of lines of shares, each with its colour, "" without a point; `finish` draws what else there is."""
+    if not any(len(points.up) for points, _ in lines):
         return ""
 
-    def finish(axes: Any) -> None:
+    def fill(axes: Any) -> None:
         from matplotlib.ticker import FuncFormatter
 
-        fill(axes)
+        style = {"marker": "o", "markersize": 2.5, "linewidth": 1.5, "elinewidth": 0.7}
+        for points, colour in lines:
+            bars = np.stack([points.up - points.low, points.high - points.up])
+            axes.errorbar(points.across, points.up, bars, color=colour, **style)
+        finish(axes)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
 
-    return figure_element(title, keys, draw_axes(finish, across, up, f"reward-model-{prefix}"))
+    return figure_element(title, keys, draw_axes(fill, across, up, f"reward-model-{prefix}"))

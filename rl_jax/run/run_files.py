@@ -46,7 +46,7 @@ def read_run(folder: Path) -> Run:
                 continue
         need = "a prompt, and before and after with tokens and one log_ratio for each; mend it or remove the file"
         raise InputError(f"{folder / 'completions.json'}: pair {number} should have {need}.")
-    metrics, unreadable = _read_metrics(folder / "metrics.jsonl")
+    metrics, unreadable = read_metrics(folder / "metrics.jsonl")
     return Run(folder.resolve().name, config, metrics, unreadable, summary, pairs)
 
 
@@ -81,8 +81,8 @@ def _is_deeper(value: Any, levels: int) -> bool:
     return inner is not None and (levels == 0 or any(_is_deeper(each, levels - 1) for each in inner))
 
 
-def _read_metrics(path: Path) -> tuple[dict[str, Rows], int]:
-    """Rows of each stage by step, the later row of a step written twice; and how many lines are no row."""
+def read_metrics(path: Path) -> tuple[dict[str, Rows], int]:
+    """Rows of each stage by step, the later row of a step written twice; and how many lines of the file are no row."""
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     unreadable = 0
     for line in filter(None, path.read_bytes().splitlines() if path.exists() else ()):

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rl_jax.errors import InputError
@@ -45,9 +45,7 @@ def use_mesh(text: str) -> None:
     Raises:
         InputError: the shape is none, or not one of the devices there are.
     """
-    shape = parse_mesh(text, jax.device_count())
-    _chosen.clear()
-    _chosen.update(shape)
+    _chosen.update(parse_mesh(text, jax.device_count()))
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
@@ -68,8 +66,8 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, shape: Mapping[str, int] | None = None) -> Mesh:
     """A mesh of `devices`, all along "data" unless a shape is given; or of all there are, as `use_mesh` says."""
-    shape = shape or (_chosen if devices is None else {})
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices, shape = jax.devices(), shape or _chosen
     shape = shape or {"data": len(devices)}
     sizes = tuple(shape.get(axis, 1) for axis in AXES)
     # The default axis type is Explicit, under which a Linen embedding of sharded weights fails.
@@ -85,7 +83,7 @@ def batch_parts(mesh: Mesh) -> int:
 
 def has_whole_models(mesh: Mesh) -> bool:
     """Whether parameters are copied to each device, not cut over some."""
-    return batch_parts(mesh) == mesh.shape["data"] == mesh.size
+    return mesh.shape["data"] == mesh.size
 
 
 def lay_out(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
@@ -126,8 +124,14 @@ def pmapped(
         The compiled function, with the `lower` and `_cache_size` of `jax.jit`. Calling it raises InputError where
         an axis to be cut is not a multiple of the number of devices.
     """
+
+    @functools.wraps(fn)
+    def known(*args: PyTree) -> PyTree:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for `traced_batch_parts` and what goes by it
+            return fn(*args)
+
     compiled: Any = jax.jit(
-        _knowing(mesh, fn),
+        known,
         in_shardings=_shardings(mesh, in_axes),
         out_shardings=_shardings(mesh, out_axes),
         donate_argnums=donate,
@@ -171,7 +175,7 @@ def each_device(
         def add_up(axis: Any, tree: PyTree) -> PyTree:
             return jax.lax.psum(tree, BATCH) if axis == SUM else tree
 
-        return jax.tree.map(add_up, out_axes, fn(*args), is_leaf=lambda x: x is None)
+        return jax.tree.map(add_up, out_axes, fn(*args), is_leaf=_is_axis)
 
     own = set(AXES if mesh.shape["tensor"] == 1 else BATCH)
     # Gradients are taken within `fn`, so nothing needs to know which values are the same on all devices.
@@ -210,9 +214,12 @@ def put(tree: PyTree, mesh: Mesh, axes: PyTree = None, copy: bool = True) -> PyT
 
 def fetch(tree: PyTree) -> PyTree:
     """NumPy arrays of the whole of each array, on every process, which all have to ask for them."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(lambda x: _gathered(x) if isinstance(x, jax.Array) else np.asarray(x), tree)
+
+    def whole(x: Any) -> np.ndarray:
+        apart = isinstance(x, jax.Array) and not x.is_fully_addressable
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True) if apart else x)
+
+    return jax.device_get(tree) if jax.process_count() == 1 else jax.tree.map(whole, tree)
 
 
 def rows_here(count: int, mesh: Mesh) -> np.ndarray:
@@ -268,8 +275,7 @@ def laid_as_batch(x: Array) -> Array:
     XLA lays out a value as those that it is made of suggest. Between parameters that are cut over the devices which
     the batch is cut over too, it would lay states now along their tokens and now along their width.
     """
-    parts = traced_batch_parts()
-    if parts == 1 or jax.sharding.get_abstract_mesh().shape["fsdp"] == 1 or len(x) % parts:
+    if not _cuts_models() or len(x) % traced_batch_parts():
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH, *[None] * (x.ndim - 1)))
 
@@ -279,7 +285,7 @@ def laid_whole(x: Array) -> Array:
 
     So a table is gathered before rows are looked up in it, instead of parts of all rows on all devices.
     """
-    if traced_batch_parts() == 1 or jax.sharding.get_abstract_mesh().shape["fsdp"] == 1:
+    if not _cuts_models():
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1), None))
 
@@ -297,15 +303,9 @@ def fingerprint(values: Array) -> Array:
     return jnp.sum(words.astype(jnp.uint32) * (2 * places + 1), dtype=jnp.uint32)
 
 
-def _knowing(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn`, in which JAX knows the mesh that it is compiled for: `traced_batch_parts` and what goes by it."""
-
-    @functools.wraps(fn)
-    def known(*args: PyTree) -> PyTree:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return fn(*args)
-
-    return known
+def _cuts_models() -> bool:
+    """Whether what is traced is mapped, and its parameters are cut over "fsdp"."""
+    return traced_batch_parts() > 1 and jax.sharding.get_abstract_mesh().shape["fsdp"] > 1
 
 
 def _spread(tree: PyTree, axes: PyTree, mesh: Mesh) -> PyTree:
@@ -325,12 +325,6 @@ def _spread_array(x: Any, sharding: NamedSharding) -> jax.Array:
         return jax.random.wrap_key_data(_spread_array(jax.random.key_data(x), sharding))
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
-def _gathered(x: jax.Array) -> np.ndarray:
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True) if not x.is_fully_addressable else x)
 
 
 def _shardings(mesh: Mesh, axes: PyTree) -> PyTree:

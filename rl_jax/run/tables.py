@@ -1,7 +1,6 @@
 """A recipe's result: `results/NAME/` with table.json, the same table as Markdown, and the settings that gave it."""
 
 import math
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_jax.errors import InputError
-from rl_jax.run.folder import jsonable, write_json
+from rl_jax.run.folder import jsonable, write_json, write_text
 from rl_jax.run.metrics import describe_device, versions
 
 Rows = Sequence[Mapping[str, Any]]
@@ -55,10 +54,7 @@ def write_table(folder: str | Path, rows: Rows, settings: Any) -> None:
     about = {"settings": jsonable(settings), "processor_seconds": time.process_time()}
     about |= {"device": describe_device(), "versions": versions()}
     write_json(folder / "settings.json", about)
-    half = folder / "table.md.tmp"
-    half.write_text(text, "utf-8")
-    os.replace(half, folder / "table.md")
-    print(f"\n{text}\nThe table is {folder / 'table.md'}; everything else is in {folder}.")
+    print(f"\n{text}\nThe table is {write_text(folder / 'table.md', text)}; everything else is in {folder}.")
 
 
 def markdown_table(rows: Rows) -> str:

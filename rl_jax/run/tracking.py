@@ -22,6 +22,7 @@ from rl_jax.run.processes import on_first
 Tracker = Literal["wandb", "trackio"]
 Row = tuple[str, int, Mapping[str, float]]
 """Stage, step and metrics."""
+LogFn = Callable[[str, int, dict[str, float]], None]
 
 PLACE = "tracked.json"  # in a run's folder: what each tracker calls the run, for one that is resumed
 PROJECT = "rl_jax"  # where WANDB_PROJECT or TRACKIO_PROJECT names no other
@@ -87,23 +88,15 @@ def track(tracker: Tracker, folder: Path) -> Tracked:
     return Tracked(rows, thread)
 
 
-class _Run(NamedTuple):
-    """A run as its tracker has it."""
-
-    id: str
-    log: Callable[[str, int, dict[str, float]], None]
-    finish: Callable[[], None]
-
-
 def _feed(tracker: Tracker, folder: Path, rows: "queue.Queue[Row | None]") -> None:
     """Hands rows to the tracker until None comes; ends at the first that goes wrong."""
     try:
-        run = _open(tracker, folder)
+        log, finish = _open(tracker, folder)
         atexit.register(Tracked(rows, threading.current_thread()).close)  # called before what the tracker registered
         while (row := rows.get()) is not None:
             stage, step, metrics = row
-            run.log(stage, step, {f"{stage}/{name}": value for name, value in metrics.items()})
-        run.finish()
+            log(stage, step, {f"{stage}/{name}": value for name, value in metrics.items()})
+        finish()
     except Exception as error:  # whatever it is, it must not reach the run
         why = f"{type(error).__name__}: {error}".strip(": ")
         warnings.warn(f"{tracker} has failed ({why}). The run goes on, and {folder} has its metrics.", stacklevel=2)
@@ -116,8 +109,8 @@ def _import(tracker: Tracker) -> Any:
     return importlib.import_module(tracker)
 
 
-def _open(tracker: Tracker, folder: Path) -> _Run:
-    """Begins the run in the tracker, or goes on with the one that the folder's run has there."""
+def _open(tracker: Tracker, folder: Path) -> tuple[LogFn, Callable[[], None]]:
+    """Begins the run in the tracker, or goes on with the one that it has there. Returns how to log, and how to end."""
     place, path = folder / PLACE, folder / "config.json"
     known = json.loads(place.read_text("utf-8")) if place.exists() else {}
     facts = json.loads(path.read_text("utf-8")) if path.exists() else {}
@@ -127,15 +120,19 @@ def _open(tracker: Tracker, folder: Path) -> _Run:
         "name": folder.resolve().name,
         "config": facts | settings,
     }
-    begin = {"wandb": _open_wandb, "trackio": _open_trackio}[tracker]
-    run = begin(_import(tracker), folder, about, known.get(tracker))
-    place.write_text(json.dumps(known | {tracker: run.id}) + "\n", "utf-8")
-    return run
+    module = _import(tracker)
+    if tracker == "wandb":
+        name = known.get(tracker) or secrets.token_hex(4)
+        run = module.init(**about, id=name, resume="allow", dir=str(folder), reinit="create_new")
+        log = _wandb_log(run)
+    else:
+        run = module.init(**about, resume="allow" if tracker in known else "never")
+        name, log = run.name, lambda stage, step, metrics: run.log(metrics, step)
+    place.write_text(json.dumps(known | {tracker: name}) + "\n", "utf-8")
+    return log, run.finish
 
 
-def _open_wandb(wandb: Any, folder: Path, about: dict[str, Any], known: str | None) -> _Run:
-    name = known or secrets.token_hex(4)
-    run = wandb.init(**about, id=name, resume="allow", dir=str(folder), reinit="create_new")
+def _wandb_log(run: Any) -> LogFn:
     stages: set[str] = set()
 
     def log(stage: str, step: int, metrics: dict[str, float]) -> None:
@@ -144,9 +141,4 @@ def _open_wandb(wandb: Any, folder: Path, about: dict[str, Any], known: str | No
             stages.add(stage)
         run.log(metrics | {f"{stage}/step": step})
 
-    return _Run(run.id, log, run.finish)
-
-
-def _open_trackio(trackio: Any, folder: Path, about: dict[str, Any], known: str | None) -> _Run:
-    run = trackio.init(**about, resume="never" if known is None else "allow")
-    return _Run(run.name, lambda stage, step, metrics: run.log(metrics, step), run.finish)
+    return log

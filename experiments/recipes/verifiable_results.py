@@ -1,4 +1,4 @@
-"""What the recipe `verifiable` says of completions that were checked: shares, lengths and pass@k, in a table's rows."""
+"""What the recipe `verifiable` says of completions that were checked: shares, lengths and pass@k; table and figure."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,10 @@ import numpy as np
 from experiments.recipes.verifiable_tasks import Problem
 from rl_jax.best_of_n import best_of_n_weights
 from rl_jax.evaluation import mean_interval, share_interval
+from rl_jax.run.figures import GREY, PALETTE, band_of, draw_band, open_figure
 
 BEFORE, ALL = "before RL", "all"  # the row of the policy that RL begins with; the rows of all seeds
+NAMES = {"rloo": "RLOO", "grpo": "GRPO", "dr_grpo": "Dr. GRPO"}  # of estimators, as papers have them
 EXAMPLES = 8  # problems whose completions are written to examples.md
 
 
@@ -37,6 +39,8 @@ class Measured(NamedTuple):
 
 Curves = Mapping[str, Sequence[Sequence[Measured]]]
 """By estimator and seed, what was measured after each part of RL."""
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 def pass_at_k(right: np.ndarray, k: int) -> np.ndarray:
@@ -93,3 +97,45 @@ def write_examples(folder: Path, problems: Sequence[Problem], before: Measured, 
             lines.append(f"- {name} ({'right' if measured.right[number, 0] else 'wrong'}): `{text}`")
         lines.append("")
     (folder / "examples.md").write_text("\n".join(lines), "utf-8")
+
+
+def draw_verifiable(path: Path, rows: Rows, points: Rows) -> None:
+    """Three panels, a colour for each estimator; a band is from the lowest to the highest of its seeds.
+
+    The first of the table's rows is the policy before RL; points are those of the curves.
+    """
+    names = list(dict.fromkeys(point["policy"] for point in points))
+    titles = ["Accuracy on held-out problems", "At least one of k is right", "Tokens of right and wrong completions"]
+    with open_figure(path, titles, 4.4, 3.6) as (accuracy, passed, lengths):
+        for name, colour in zip(names, PALETTE, strict=False):
+            x, values = by_seed(points, name, "accuracy")
+            label = NAMES.get(name, name)
+            draw_band(accuracy, x, spread(100 * values), label, colour)
+            for kind, dashed in (("wrong", False), ("right", True)):
+                x, values = by_seed(points, name, f"length of {kind}")
+                draw_band(lengths, x, spread(values), f"{label}, {kind}", colour, dashed)
+        ks = [1, *(int(column.removeprefix("pass@")) for column in rows[0] if column.startswith("pass@"))]
+        for name, colour in zip((rows[0]["policy"], *names), (GREY, *PALETTE), strict=False):
+            last = [row for row in rows if row["policy"] == name][-1]  # of all seeds, where there are several
+            band = 100 * band_of(last["accuracy" if k == 1 else f"pass@{k}"] for k in ks)
+            draw_band(passed, np.array(ks), band, NAMES.get(name, name), colour)
+        accuracy.set(xlabel="updates", ylabel="%", ylim=(0, 100))
+        passed.set(xscale="log", xlabel="k", ylabel="% of held-out problems", xticks=ks, xticklabels=ks, ylim=(0, 101))
+        passed.minorticks_off()
+        lengths.set(xlabel="updates", ylabel="tokens")
+        for axes in (accuracy, passed, lengths):
+            axes.legend(fontsize=7)
+
+
+def by_seed(points: Rows, name: str, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """The updates [n] of an estimator's curve, and a column of it by seed [S, n]."""
+    own = [point for point in points if point["policy"] == name]
+    updates = sorted({point["updates"] for point in own})
+    values = [point[column] if isinstance(point[column], float) else point[column].value for point in own]
+    return np.array(updates), np.reshape(values, (-1, len(updates)))
+
+
+def spread(values: np.ndarray) -> np.ndarray:
+    """The least, the mean and the most of the seeds; without any number, none. [S, n] -> [3, n]."""
+    masked = np.ma.masked_invalid(values)
+    return np.stack([np.ma.filled(each(axis=0), np.nan) for each in (masked.min, masked.mean, masked.max)])

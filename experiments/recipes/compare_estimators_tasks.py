@@ -28,7 +28,7 @@ from rl_jax.rollout import generate
 from rl_jax.run.spmd import make_mesh
 from rl_jax.sampling import Sampling, draw
 from rl_jax.scoring import completion_logprobs, make_score_fn, reference_scores, score_completions
-from rl_jax.sweep import make_sweep, scan_updates
+from rl_jax.sweep import make_sweep
 from rl_jax.types import Array, Metrics, PyTree, Rollout, TrainState
 
 GOAL = 0  # the node that ends a walk: its token is the end-of-sequence token
@@ -105,13 +105,7 @@ def shortest_distances(edges: np.ndarray) -> np.ndarray:
 def walk_rewards(rollout: Rollout, edges: Array, distances: Array) -> Array:
     """Steps of the shortest walk over those of this one; 0 for a walk that leaves the edges or misses the goal.
 
-    Args:
-        rollout: prompts are start nodes [B, 1], completions the nodes walked to. [B, C].
-        edges: bool [V, V].
-        distances: int32 [V].
-
-    Returns:
-        [B], at most 1.
+    Prompts are start nodes [B, 1], completions the nodes walked to [B, C]; bool [V, V], int32 [V] -> [B], at most 1.
     """
     starts, mask = rollout.prompts[:, -1:], rollout.completion_mask
     before = jnp.concatenate([starts, rollout.completions[:, :-1]], axis=1)
@@ -268,11 +262,8 @@ def best_of_walks(logprobs: Array, rewards: Array, starts: Array, prompts: int, 
         logprobs: of the rewarded walks under the reference. [W].
         rewards: of these. [W].
         starts: the prompt of each, 0 to N - 1. int32 [W].
-        prompts: N.
+        prompts: N, over which the mean is taken.
         kl_coefficient: above 0, reward units a nat.
-
-    Returns:
-        The mean over the prompts. [].
     """
     probabilities = jnp.exp(logprobs)
     highest = jnp.max(rewards)  # taken out of the exponents, which could overflow
@@ -287,15 +278,8 @@ def pretrain_walker(
 ) -> PyTree:
     """A Transformer with a value head that walks as if by chance, by maximum likelihood of random walks.
 
-    That is REINFORCE with an advantage of 1 for whatever is shown.
-
-    Args:
-        seed: of the initial parameters and the walks. int32 [].
-        edges: bool [V, V].
-        config: of the Transformer.
-        length: C.
-        updates: of Adam, at a rate of 0.01 that falls to 0.
-        batch: fresh walks in each.
+    That is REINFORCE with an advantage of 1 for whatever is shown: fresh walks along the edges, bool [V, V], in each
+    update. Adam's rate falls from 0.01 to 0.
     """
     optimizer = optax.flatten(optax.adam(optax.cosine_decay_schedule(0.01, updates)))
     sampling = Sampling(length, eos=(GOAL,))
@@ -312,7 +296,7 @@ def pretrain_walker(
         return apply_gradients(state, grads, optimizer)[0], metrics["loss"]
 
     state = init_state(init_params(step_key(seed, Purpose.INIT), config), optimizer, kl_coefficient=0.0)
-    return add_value_head(scan_updates(update, state, updates)[0].params, config)
+    return add_value_head(jax.lax.scan(update, state, jnp.arange(updates))[0].params, config)
 
 
 class Bandit(NamedTuple):
@@ -331,12 +315,7 @@ def bandit_task(problems: int, contexts: int, arms: int) -> Task:
     """Choose one of V arms in each of N contexts: completions of one token, by a table of logits.
 
     Rewards and the reference's logits are normal numbers; the rewards of a context share one more, so that contexts
-    differ as prompts do. Everything is exact.
-
-    Args:
-        problems: S; their seeds are 0 to S - 1.
-        contexts: N.
-        arms: V.
+    differ as prompts do. Everything is exact. The problems' seeds are 0 to S - 1.
     """
 
     def make(seed: Array) -> Bandit:
