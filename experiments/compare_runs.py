@@ -12,8 +12,8 @@ from pathlib import Path
 
 import tyro
 
-from rl_jax.run.comparison import POOLED, read_entries, short_table
-from rl_jax.run.comparison_page import write_comparison
+from experiments.comparison import POOLED, read_entries, short_table
+from experiments.comparison_page import write_comparison
 from rl_jax.run.loop import run_main
 from rl_jax.run.tables import markdown_table
 

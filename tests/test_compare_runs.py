@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 
+from experiments import comparison, comparison_page
 from experiments.compare_runs import Config, main
+from experiments.comparison import read_entries
+from experiments.comparison_page import render
 from rl_jax.errors import InputError
-from rl_jax.run import comparison, comparison_page
-from rl_jax.run.comparison import read_entries
-from rl_jax.run.comparison_page import render
 from rl_jax.run.curves import smooth
 from tests.test_report import HOSTILE, PRETRAIN, RL, Page, write, write_metrics
 

@@ -254,7 +254,7 @@ def test_prompts_come_from_files(tmp_path):
     for bad in ("no json", "[1]", '{"text": "a"}', '{"prompt": 3}'):
         with pytest.raises(InputError, match=r"b\.jsonl, line 3 "):
             prompts_of(tmp_path, "b.jsonl", '{"prompt": "a"}\n\n' + bad)
-    with pytest.raises(InputError, match="no prompt in"):
+    with pytest.raises(InputError, match="has no row that can be used"):
         prompts_of(tmp_path, "empty.txt", "\n")
     with pytest.raises(InputError, match=r"a\.csv is of no kind whose rows can be read"):
         prompts_of(tmp_path, "a.csv", "a")

@@ -321,6 +321,7 @@ def tuning(whole, tmp_path, reward, gold=NOTHING):
     return reinforce.Config(whole.folder / "policy", settings, reward, gold, **where)
 
 
+@pytest.mark.slow
 def test_a_reward_that_hangs_is_ended_and_the_run_goes_on_when_it_is_mended(whole, tmp_path, monkeypatch):
     (tmp_path / "moody_rewards.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(tmp_path)

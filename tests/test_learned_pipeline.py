@@ -49,6 +49,7 @@ def run(config):
     return config.run
 
 
+@pytest.mark.slow
 def test_what_is_written(run):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["reward_model"]["train_rows"] == 2 * 72 and summary["reward_model"]["held_out_rows"] == 2 * 8

@@ -28,6 +28,9 @@ from rl_jax.sampling import Sampling
 from rl_jax.types import PreferenceBatch
 
 MESHES = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)]
+FEW_MESHES = [
+    pytest.param(sizes, marks=() if sizes in ((8, 1, 1), (2, 2, 2)) else pytest.mark.slow) for sizes in MESHES
+]
 CONFIG = llama(24, 32, layers=2, width=32, heads=8, mlp_width=48)
 SAMPLING = Sampling(12, group_size=2, temperature=0.9, eos=(0, 1, 2))
 PARAMS, REF_PARAMS = (init_params(jax.random.key(seed), CONFIG) for seed in (1, 2))
@@ -101,7 +104,7 @@ def rewarded_alone():
     return jax.device_get(rewarded((1, 1, 1)))
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", FEW_MESHES)
 def test_reinforcement(sizes):
     (completions, *others), (expected, *wanted) = reinforced(sizes, "rloo"), reinforced_alone("rloo")
     assert len(np.unique(expected)) > 10
@@ -145,7 +148,7 @@ def rewarded(sizes, members=2, microbatches=2):
     return metrics, state
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", FEW_MESHES)
 def test_reward_training(sizes):
     (metrics, state), (expected, wanted) = rewarded(sizes), rewarded_alone()
     assert_close(metrics, expected)
@@ -153,7 +156,7 @@ def test_reward_training(sizes):
     assert 0 < expected["accuracy"] < 1
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 2, 1)])
+@pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (4, 2, 1)])
 def test_logits_in_chunks(sizes, monkeypatch):
     expected = reinforced_alone("rloo")
     monkeypatch.setattr(scoring, "CHUNK_BYTES", {"cpu": 1 << 9})

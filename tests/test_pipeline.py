@@ -207,6 +207,7 @@ def test_a_killed_run_resumes_bit_for_bit(long_config, tmp_path):
         assert {k: v for k, v in again.items() if k not in timing} == {k: v for k, v in row.items() if k not in timing}
 
 
+@pytest.mark.slow
 def test_control_c_saves_and_says_how_to_continue(long_config):
     process = start(long_config)
     wait_for_step(process, long_config.run, "rl", 3)

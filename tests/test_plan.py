@@ -151,6 +151,7 @@ def test_least_time_is_the_longest():
     assert describe("rollout", one._replace(work=None), chip, chip.memory, 1)["fits"] == "no"
 
 
+@pytest.mark.slow
 def test_a_line_through_two_depths_meets_the_third():
     config = plan.Config(**SMALL | {"model": "6x32x4"}, dtype="float32")
     mesh = make_mesh()

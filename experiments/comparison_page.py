@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.comparison import Entry, differences, measures, moved
 from rl_jax.errors import InputError
-from rl_jax.run.comparison import Entry, differences, measures, moved
 from rl_jax.run.curves import (
     PANELS,
     Line,
