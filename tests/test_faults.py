@@ -109,6 +109,7 @@ def test_a_signal_saves_in_time_and_the_run_goes_on_as_if_there_had_been_none(wh
     assert_same_run(run, whole)
 
 
+@pytest.mark.slow
 def test_a_second_run_on_the_folder_is_refused_and_the_first_goes_on(whole, tmp_path):
     run = Run(tmp_path, "run", whole.steps)
     first = run.start()

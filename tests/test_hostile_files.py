@@ -260,6 +260,7 @@ def main(place):
     print(json.dumps({"found": found, "outside": outside}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the memory of a process is limited as Linux does it")
 def test_every_spoilt_file_loads_whole_or_is_one_clear_error(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "RUST_BACKTRACE": "0", "MALLOC_ARENA_MAX": "2"}

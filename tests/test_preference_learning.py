@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from rl_jax.learner import apply_gradients, init_state, make_optimizer
 from rl_jax.microbatch import sum_over_microbatches
@@ -117,6 +118,7 @@ def known_reward(batch):
     return jnp.sum(jnp.where(batch.completion_mask, worth[batch.completions] * places, 0.0), axis=2)
 
 
+@pytest.mark.slow
 def test_a_known_reward_is_recovered_from_noisy_preferences():
     """One member learns from a judge with the known reward, another from one with its opposite, in one program.
 

@@ -41,6 +41,7 @@ def test_closed_form_is_the_sum_over_every_tuple(n):
     np.testing.assert_allclose(recipe.best_of_n(TASK, n), expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_closed_form_is_that_of_the_enumeration_of_policies():
     for ties in (False, True):
         task = recipe.tabular_task(SMALL, 1.0, ties)

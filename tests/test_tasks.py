@@ -101,7 +101,7 @@ def test_what_may_be_walked_is_bounded():
         tasks.successful_walks(Graph(edges, np.minimum(np.arange(9), 1)), 8)
 
 
-@pytest.mark.parametrize("coefficient", [0.05, 0.5])
+@pytest.mark.parametrize("coefficient", [pytest.param(0.05, marks=pytest.mark.slow), 0.5])
 def test_optimum_of_walks_is_that_of_everything_a_policy_can_do(coefficient):
     _, ref_logprobs, rewards = enumerated()
     _, best = exact.optimal_policy(ref_logprobs, rewards, coefficient)
