@@ -64,6 +64,7 @@ def test_what_is_written(run):
     assert {"held_out_loss", "held_out_accuracy", "spread"} <= set(found["reward", 1])
 
 
+@pytest.mark.slow
 def test_each_round_judges_pairs_of_the_policy_as_it_is(run):
     pairs = [read_pairs(run / f"preferences_{number}.safetensors")[0] for number in (1, 2)]
     assert all(part.labels.shape == (80, 2) for part in pairs)
@@ -138,6 +139,7 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(config, tmp_path
     assert not bad.run.exists()
 
 
+@pytest.mark.slow
 def test_held_out_pairs_have_prompts_of_their_own(run):
     train, held_out = set(), set()
     for number in (1, 2):
