@@ -1,4 +1,4 @@
-"""Every recipe, one after the other: the results that docs/results.md shows.
+"""Every recipe, one after another or several at a time: the results that docs/results.md shows.
 
     python experiments/results.py
     python experiments/results.py --jobs 2
