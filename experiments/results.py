@@ -10,8 +10,8 @@ finished, what anyone reads of it goes to results/NAME: tables, settings, figure
 that fails leaves what was there, and the others go on. Then docs/results.md is written anew, with every verdict worked
 out from the tables.
 
-On two cores the small size takes 2.7 hours of processor time, most of them those of human_preferences,
-overoptimization, dialogue and story; each recipe's docstring tells its own. The full size is for a GPU; it writes to
+On two cores the small size takes 3 hours of processor time, most of them those of human_preferences, overoptimization,
+compare_estimators, dialogue and story; each recipe's docstring tells its own. The full size is for a GPU; it writes to
 results_full/NAME, and to no document.
 """
 

@@ -188,10 +188,18 @@ def test_parts_about_an_order_of_estimators(tmp_path):
     order = ("RLOO k=4", "RLOO k=2", "RAFT k=4", "RAFT k=2", learned.BASELINE, "REINFORCE", "PPO")
 
     def rows(names):
-        return [{"task": "walks", "estimator": name, learned.WAY: interval(9 - n, 5)} for n, name in enumerate(names)]
+        found = []
+        for task in ("walks", "bandit"):
+            for place, name in enumerate(names):
+                mild, hard = interval(90 - 12 * place, 5), interval(50 - 8 * place, 5)  # a share that falls, not a gap
+                conditions = {"noise 0": mild, "noise 3": hard, "kl coefficient 0.1": mild, "kl coefficient 1": hard}
+                found.append({"task": task, "estimator": name, learned.WAY: interval(9 - place, 5)} | conditions)
+        return found
 
-    assert parts(tmp_path, learned.COMPARISON, rows(order)) == [True] * 6
-    assert parts(tmp_path, learned.COMPARISON, rows(order[::-1])) == [False] * 6
+    assert parts(tmp_path, learned.COMPARISON, rows(order)) == [True] * 7
+    assert parts(tmp_path, learned.COMPARISON, rows(order[::-1])) == [False] * 7
+    on_one_task = rows(order)[: len(order)] + rows(order[::-1])[len(order) :]
+    assert parts(tmp_path, learned.COMPARISON, on_one_task) == [False] * 7
 
 
 def test_parts_about_overoptimization(tmp_path):

@@ -117,6 +117,16 @@ def test_walks_are_evaluated_exactly_in_reward_and_by_samples_in_divergence():
     assert got["kl"] > 0.1
 
 
+def test_unit_of_walks_is_the_deviation_of_rewards_of_a_start():
+    task, variances = walking(), []
+    for number in range(2):
+        problem = jax.tree.map(lambda x, number=number: x[number], task.problems)
+        rollout = jax.jit(task.sample, static_argnums=(3, 4))(problem.ref_params, problem, jax.random.key(0), 600, 4)
+        starts, rewards = np.asarray(rollout.prompts[:, 0]), np.asarray(task.reward(problem, rollout))
+        variances.append(np.mean([rewards[starts == start].var() for start in (1, 2, 3)]))
+    assert task.unit == pytest.approx(np.sqrt(np.mean(variances)), rel=0.05) and task.prompts == 4
+
+
 def test_walks_are_sampled_in_groups_from_every_start():
     problem = walking_problem()
     rollout = jax.jit(walking().sample, static_argnums=(3, 4))(PARAMS, problem, jax.random.key(0), 200, 2)
@@ -152,16 +162,20 @@ def test_bandit_is_evaluated_by_its_table():
     assert not np.array_equal(*BANDIT.problems.rewards) and not np.array_equal(*BANDIT.problems.ref_params["table"])
 
 
-def test_rewards_of_the_bandit_differ_between_contexts_as_within_them():
-    rewards = np.asarray(bandit_task(1, contexts=60, arms=50).problems.rewards[0])
-    assert 0.7 < np.std(rewards.mean(axis=1)) < 1.3 and 0.9 < np.std(rewards, axis=1).mean() < 1.1
+def test_rewards_of_the_bandit_differ_by_their_unit_within_a_context_and_little_between():
+    task = bandit_task(1, contexts=60, arms=50)
+    problem = jax.tree.map(lambda x: x[0], task.problems)
+    rollout = task.sample(problem.ref_params, problem, jax.random.key(0), 4000, 8)
+    rewards = np.asarray(task.reward(problem, rollout)).reshape(-1, 8)
+    assert task.unit == pytest.approx(np.sqrt(rewards.var(axis=1, ddof=1).mean()), rel=0.02) and task.prompts == 60
+    assert 0.9 < np.std(problem.rewards) < 1.1 and np.std(problem.rewards.mean(axis=1)) < 0.2
 
 
 def test_optimum_of_the_bandit_is_reached_by_the_tilted_reference():
     every = exact.enumerated_rollout(np.arange(3)[:, None], np.ones((3, 1), bool), 5, 1, ())
     rewards = BANDIT.reward(PROBLEM, every).reshape(3, 1, 5)
     best = float(BANDIT.best(PROBLEM, 0.3))
-    for change, gap in ((0.0, 0.0), (0.3, 0.005), (-0.3, 0.005)):
+    for change, gap in ((0.0, 0.0), (0.3, 0.003), (-0.3, 0.003)):
         tilted = {"table": PROBLEM.ref_params["table"] + rewards / 0.3 + change * jnp.arange(5.0)[None, None]}
         got = BANDIT.evaluate(tilted, PROBLEM, jax.random.key(0))
         reached = got["reward"] - 0.3 * got["kl"]

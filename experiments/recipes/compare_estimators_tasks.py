@@ -47,6 +47,8 @@ class Task(NamedTuple):
         make_score_fn: problem -> a ScoreFn, with values.
         evaluate: params, problem, key -> {"reward": [], "kl": []}, means over all prompts.
         best: problem, kl_coefficient -> the most of reward - kl_coefficient * KL that there is. [].
+        prompts: ids of prompts, the last of their tokens, are below this.
+        unit: standard deviation of the reward among the reference's completions of a prompt.
     """
 
     problems: Any
@@ -55,7 +57,9 @@ class Task(NamedTuple):
     reference: Callable[[Any, Rollout], tuple[Array, Any]]
     make_score_fn: Callable[[Any], ScoreFn]
     evaluate: Callable[[PyTree, Any, Array], Metrics]
-    best: Callable[[Any, float], Array]
+    best: Callable[[Any, float | Array], Array]
+    prompts: int
+    unit: float
 
 
 class Graph(NamedTuple):
@@ -217,18 +221,27 @@ def walks_task(
         rewarded = jnp.exp(walk_logprobs(params, problem)) * reward(problem, problem.walks)
         return {"reward": jnp.sum(rewarded) / len(starts), "kl": jnp.sum(kl) / len(kl)}
 
-    def best(problem: Walking, kl_coefficient: float) -> Array:
+    def best(problem: Walking, kl_coefficient: float | Array) -> Array:
         logprobs, rewards = walk_logprobs(problem.ref_params, problem), reward(problem, problem.walks)
         return best_of_walks(logprobs, rewards, problem.walks.prompts[:, 0] - 1, len(starts), kl_coefficient)
 
+    def variance(problem: Walking) -> Array:
+        probabilities, rewards = jnp.exp(walk_logprobs(problem.ref_params, problem)), reward(problem, problem.walks)
+        moments = jnp.stack([probabilities * rewards, probabilities * rewards**2], axis=1)
+        means, squares = jax.ops.segment_sum(moments, problem.walks.prompts[:, 0], config.vocab_size).T
+        return jnp.sum(squares - means**2) / len(starts)
+
+    problems = walking_problems(graphs, config, length, updates, batch)
     return Task(
-        problems=walking_problems(graphs, config, length, updates, batch),
+        problems=problems,
         sample=sample,
         reward=reward,
         reference=lambda problem, rollout: reference_scores(problem.ref_params, rollout, config, plain),
         make_score_fn=lambda problem: make_score_fn(problem.ref_params, config, plain),
         evaluate=evaluate,
         best=best,
+        prompts=config.vocab_size,
+        unit=float(np.sqrt(np.mean(make_sweep(variance, make_mesh())(problems)))),
     )
 
 
@@ -253,7 +266,7 @@ def walking_problems(graphs: list[Graph], config: TransformerConfig, length: int
     )
 
 
-def best_of_walks(logprobs: Array, rewards: Array, starts: Array, prompts: int, kl_coefficient: float) -> Array:
+def best_of_walks(logprobs: Array, rewards: Array, starts: Array, prompts: int, kl_coefficient: float | Array) -> Array:
     """The most of E[reward] - kl_coefficient * KL, kl_coefficient * log E_ref[exp(reward / kl_coefficient)].
 
     What is not among the walks has no reward, so that the expectation needs only their probabilities.
@@ -314,14 +327,13 @@ class Bandit(NamedTuple):
 def bandit_task(problems: int, contexts: int, arms: int) -> Task:
     """Choose one of V arms in each of N contexts: completions of one token, by a table of logits.
 
-    Rewards and the reference's logits are normal numbers; the rewards of a context share one more, so that contexts
-    differ as prompts do. Everything is exact. The problems' seeds are 0 to S - 1.
+    Rewards and the reference's logits are normal numbers. Everything is exact. The problems' seeds are 0 to S - 1.
     """
 
     def make(seed: Array) -> Bandit:
-        keys = jax.random.split(step_key(seed, Purpose.INIT), 3)
-        rewards = jax.random.normal(keys[0], (contexts, arms)) + jax.random.normal(keys[1], (contexts, 1))
-        return Bandit({"table": init_table(keys[2], contexts, arms, 1), "values": jnp.zeros((contexts, 1))}, rewards)
+        rewards_key, table_key = jax.random.split(step_key(seed, Purpose.INIT))
+        rewards = jax.random.normal(rewards_key, (contexts, arms))
+        return Bandit({"table": init_table(table_key, contexts, arms, 1), "values": jnp.zeros((contexts, 1))}, rewards)
 
     def sample(params: PyTree, problem: Bandit, key: Array, prompts: int, group_size: int) -> Rollout:
         del problem
@@ -347,7 +359,7 @@ def bandit_task(problems: int, contexts: int, arms: int) -> Task:
         return Scores(logprobs, entropy(logits), kl, tabular_values(params["values"], rollout, arms))
 
     def arm_logprobs(params: PyTree) -> Array:
-        return jax.nn.log_softmax(params["table"][:, 0])
+        return jax.nn.log_softmax(params["table"][..., 0, :])
 
     def evaluate(params: PyTree, problem: Bandit, key: Array) -> Metrics:
         del key
@@ -355,8 +367,11 @@ def bandit_task(problems: int, contexts: int, arms: int) -> Task:
         reward = objective(logprobs, ref_logprobs, problem.rewards, 0.0)
         return {"reward": reward, "kl": reward - objective(logprobs, ref_logprobs, problem.rewards, 1.0)}
 
+    every = jax.vmap(make)(jnp.arange(problems))
+    probabilities = jnp.exp(arm_logprobs(every.ref_params))
+    means = jnp.sum(probabilities * every.rewards, axis=-1, keepdims=True)
     return Task(
-        problems=jax.vmap(make)(jnp.arange(problems)),
+        problems=every,
         sample=sample,
         reward=lambda problem, rollout: problem.rewards[rollout.prompts[:, 0], rollout.completions[:, 0]],
         reference=reference,
@@ -365,4 +380,6 @@ def bandit_task(problems: int, contexts: int, arms: int) -> Task:
         best=lambda problem, coefficient: optimal_policy(
             arm_logprobs(problem.ref_params), problem.rewards, coefficient
         )[1],
+        prompts=contexts,
+        unit=float(jnp.sqrt(jnp.mean(jnp.sum(probabilities * (every.rewards - means) ** 2, axis=-1)))),
     )

@@ -48,6 +48,10 @@ And after training; less is than dr_grpo, seed by seed. Wrong completions have 6
 
 So it is found where the first token settles, but there grpo ends somewhat less accurate. Where the last does, both are
 as accurate, and grpo's wrong completions are longer, but most of the growth is Dr. GRPO's too.
+
+Trained on, by `--updates 1000` (3 minutes), the first kind is as published: 98.7 % are right by grpo and 99.0 % by
+dr_grpo, and wrong completions have 12.3 ± 2.2 and 4.7 ± 0.2 tokens. Of the last kind 99.6 and 99.5 % are right, and the
+few wrong ones are as long by either, 6.4 ± 0.6 and 6.3 ± 0.8.
 """
 
 import dataclasses

@@ -27,6 +27,9 @@ Accuracy grows with data, by 2.64 ± 0.40 points a doubling over all widths, and
 0.05 ± 0.60 less. It grows with size, by 1.63 ± 0.27 points a doubling, but by less at each: the next one adds 0.83 ±
 0.54 less. From 2,000 pairs on the step from width 4 to 8 is the largest, and the intervals of widths 16 and 32 overlap
 everywhere; from 500 pairs no size learns much. A doubling of the pairs is worth more to the larger models.
+
+It is the smallest width that bends the line. `--widths 8 16 32 64`, 17 minutes, gives 0.78 ± 0.02 points a doubling of
+the size, and the next one 0.10 ± 0.10 less: nearly a line, of half the slope.
 """
 
 import dataclasses
