@@ -169,11 +169,12 @@ def facts(run: Run) -> dict[str, str]:
 
 
 def differences(entries: Sequence[Entry]) -> dict[str, list[str]]:
-    """What is not the same for all entries: a text for each, "–" where it has no such setting."""
+    """What is not the same for all entries, what all have first: a text for each, "–" where it has no such setting."""
     every = [[facts(run) for run in entry.runs] for entry in entries]
     names = dict.fromkeys(name for each in every for run in each for name in run)
     texts = {name: [_each(name, runs) for runs in every] for name in names}
-    return {name: row for name, row in texts.items() if len(set(row)) > 1}
+    differing = [(name, row) for name, row in texts.items() if len(set(row)) > 1]
+    return dict(sorted(differing, key=lambda item: MISSING in item[1]))
 
 
 def _various(runs: Sequence[dict[str, str]]) -> dict[str, str]:

@@ -129,6 +129,14 @@ def test_where_runs_ran_is_shown_where_it_differs(tmp_path):
     }
 
 
+def test_what_all_have_stands_before_what_only_some_have(tmp_path):
+    folders = [make(tmp_path / "a", aside=1), make(tmp_path / "b", device="gpu x 8")]
+    assert list(comparison.differences(read_entries(folders)).items()) == [
+        ("device", ["cpu x 1", "gpu x 8"]),
+        ("aside", ["1", "–"]),
+    ]
+
+
 def test_what_is_pooled_of_summaries():
     first = {"kl": 1.0, "kl_interval": [0.5, 1.5], "reward": "a", "same": "x", "part": {"n": 1}, "odd": 1.0}
     second = {"kl": 3.0, "kl_interval": [0.5, 1.5], "reward": "b", "same": "x", "part": {"n": 3}, "odd": None}
